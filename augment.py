@@ -24,7 +24,6 @@ a literal stays one of its kind. Left alone: tests of `__name__`, `@`, annotatio
 f-strings (positions inside are wrong before Python 3.12), exponents (1e9 loops for minutes).
 """
 import ast
-import cmath
 import math
 import random
 import re
@@ -35,35 +34,25 @@ from collections.abc import Mapping
 CODE_CLASSES = ("binary", "boolean", "unary", "augassign", "comparison", "negate_if", "digits")
 CLASSES = CODE_CLASSES + ("stdin", "arguments")
 
-# ---- what becomes what
-
-# A binary, boolean, comparison or augmented-assignment operator becomes another of its line.
+# An operator becomes another of its family, in assignments (a += 1) too.
 FAMILIES = (
-    ("+", "-", "*", "/", "//", "%", "**"),
-    ("&", "|", "^", "<<", ">>"),
-    ("and", "or"),
-    ("<", "<=", ">", ">=", "==", "!="),
+    {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/", ast.FloorDiv: "//", ast.Mod: "%",
+     ast.Pow: "**"},
+    {ast.BitAnd: "&", ast.BitOr: "|", ast.BitXor: "^", ast.LShift: "<<", ast.RShift: ">>"},
+    {ast.And: "and", ast.Or: "or"},
+    {ast.Lt: "<", ast.LtE: "<=", ast.Gt: ">", ast.GtE: ">=", ast.Eq: "==", ast.NotEq: "!="},
 )
 # Replaced but never put in: either can turn small numbers into ones that fill the memory.
 EXPLOSIVE = {"**", "<<"}
-
-SYMBOLS = {
-    ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/", ast.FloorDiv: "//", ast.Mod: "%",
-    ast.Pow: "**", ast.BitAnd: "&", ast.BitOr: "|", ast.BitXor: "^", ast.LShift: "<<",
-    ast.RShift: ">>", ast.And: "and", ast.Or: "or", ast.Lt: "<", ast.LtE: "<=", ast.Gt: ">",
-    ast.GtE: ">=", ast.Eq: "==", ast.NotEq: "!=",
-}
 # All that can stand between two operands beside the operator: blanks, brackets, comments.
-GAP = rb"(?:[ \t\f\r\n\\()]|#[^\r\n]*[\r\n])*"
-NOT = rb"(not[ \t\f]*)"  # dropped together with the blanks behind it
-MEMBERSHIP = {  # the pattern whose group is replaced, and by what
-    ast.In: (rb"(in)", b"not in"),
-    ast.NotIn: (NOT, b""),
-    ast.Is: (rb"(is)", b"is not"),
-    ast.IsNot: (rb"is" + GAP + NOT, b""),
+GAP = r"(?:[ \t\f\r\n\\()]|#[^\r\n]*[\r\n])*"
+NOT = r"(not[ \t\f]*)"  # dropped with the blanks behind it; its operand never needs a bracket
+# These have one alternative each: what the group of the pattern matches is replaced by the text.
+OPPOSITES = {
+    ast.In: ("(in)", "not in"), ast.NotIn: (NOT, ""),
+    ast.Is: ("(is)", "is not"), ast.IsNot: ("is" + GAP + NOT, ""),
+    ast.USub: ("(-)", "+"), ast.UAdd: (r"(\+)", "-"), ast.Invert: ("(~)", "-"), ast.Not: (NOT, ""),
 }
-UNARY = {ast.USub: (rb"(-)", b"+"), ast.UAdd: (rb"(\+)", b"-"), ast.Invert: (rb"(~)", b"-"),
-         ast.Not: (NOT, b"")}  # what `not` applies to binds tighter: it needs no bracket
 
 # Digits drawn for a literal with this prefix. Zero is never drawn, except in binary: a leading
 # zero would be illegal, and a zero mostly makes loops empty and divisions fail.
@@ -74,7 +63,7 @@ UNEDITED_FIELDS = {"annotation", "returns", "type_params", "pattern"}
 # ---- programs
 
 def augment_code(code: str, rng: random.Random, *, classes=None, probability=0.1) -> str:
-    """A variant of the program `code`, or `code` itself where nothing was hit or nothing legal came.
+    """A variant of the program `code`; `code` itself where nothing is hit or the result is illegal.
 
     classes: names from CLASSES (those of inputs do nothing here), {name: probability}, or all.
     Each class draws from a stream of its own, so leaving one out doesn't change what the others do.
@@ -98,7 +87,7 @@ def augment_code(code: str, rng: random.Random, *, classes=None, probability=0.1
                     edits += hit
                     break
     for node in nodes:
-        if isinstance(node, ast.Constant) and not node.indexed:
+        if isinstance(node, ast.Constant) and not node.in_subscript:
             edits += _digits(node, source, streams["digits"], rates.get("digits", 0.0))
     if not edits:
         return code
@@ -107,34 +96,30 @@ def augment_code(code: str, rng: random.Random, *, classes=None, probability=0.1
 
 
 def _binary(node, source, rng):
-    return _swap(node.left, node.op, node.right, source, rng)
+    return _swap(node.op, node.left.end, node.right.start, source, rng)
 
 
 def _boolean(node, source, rng):
     i = rng.randrange(len(node.values) - 1)
-    return _swap(node.values[i], node.op, node.values[i + 1], source, rng)
+    return _swap(node.op, node.values[i].end, node.values[i + 1].start, source, rng)
 
 
 def _unary(node, source, rng):
     if isinstance(node.op, ast.Not) and _tests_name(node):
         return []
-    pattern, new = UNARY[type(node.op)]
-    return _replace(pattern, node.start, node.operand.start, new, source)
+    return _swap(node.op, node.start, node.operand.start, source, rng)
 
 
 def _augassign(node, source, rng):
-    return _swap(node.target, node.op, node.value, source, rng, suffix="=")
+    return _swap(node.op, node.target.end, node.value.start, source, rng, suffix="=")
 
 
 def _comparison(node, source, rng):
     if _tests_name(node):
         return []
+    operands = [node.left, *node.comparators]
     i = rng.randrange(len(node.ops))
-    left, op, right = [node.left, *node.comparators][i], node.ops[i], node.comparators[i]
-    if type(op) in MEMBERSHIP:
-        pattern, new = MEMBERSHIP[type(op)]
-        return _replace(pattern, left.end, right.start, new, source)
-    return _swap(left, op, right, source, rng)
+    return _swap(node.ops[i], operands[i].end, operands[i + 1].start, source, rng)
 
 
 def _negate_if(node, source, rng):
@@ -175,7 +160,7 @@ def _digits(node, source, rng, rate):
         return rng.choice(drawn.replace(digit, ""))
 
     new = prefix + re.sub(r"[0-9a-fA-F]", redraw, body) + tail
-    if new == text or not (prefix or isinstance(node.value, int) or cmath.isfinite(complex(new))):
+    if new == text or not (isinstance(node.value, int) or abs(complex(new)) < math.inf):
         return []  # 9e308 is infinite
     return [(node.start, node.end, new.encode())]
 
@@ -184,21 +169,21 @@ def _digits(node, source, rng, rate):
 
 def _positioned_nodes(tree, source):
     """The nodes open to edits, in a fixed order, each with .start and .end, byte offsets into
-    `source`, and .indexed, whether it is inside a subscript. No recursion: sums can be long."""
+    `source`, and .in_subscript. No recursion: a sum of a thousand terms is as many levels deep."""
     line_starts = [0] + [newline.end() for newline in re.finditer(rb"\r\n|\r|\n", source)]
     nodes, stack = [], [(tree, False)]
     while stack:
-        node, indexed = stack.pop()
+        node, in_subscript = stack.pop()
         if hasattr(node, "end_col_offset"):
             node.start = line_starts[node.lineno - 1] + node.col_offset
             node.end = line_starts[node.end_lineno - 1] + node.end_col_offset
-            node.indexed = indexed
+            node.in_subscript = in_subscript
             nodes.append(node)
         if isinstance(node, ast.JoinedStr):
             continue
         children = []
         for field, value in ast.iter_fields(node):
-            inside = indexed or (isinstance(node, ast.Subscript) and field == "slice")
+            inside = in_subscript or (isinstance(node, ast.Subscript) and field == "slice")
             if field not in UNEDITED_FIELDS:
                 values = value if isinstance(value, list) else [value]
                 children += [(child, inside) for child in values if isinstance(child, ast.AST)]
@@ -206,29 +191,25 @@ def _positioned_nodes(tree, source):
     return nodes
 
 
-def _swap(left, op, right, source, rng, suffix=""):
-    """The edit that replaces the operator between two nodes by another of its family."""
-    if type(op) not in SYMBOLS:
-        return []
-    symbol = SYMBOLS[type(op)]
-    family = next(family for family in FAMILIES if symbol in family)
-    new = rng.choice([other for other in family if other not in EXPLOSIVE | {symbol}])
-    pattern = b"(" + re.escape((symbol + suffix).encode()) + b")"
-    return _replace(pattern, left.end, right.start, (new + suffix).encode(), source)
-
-
-def _replace(pattern, start, end, new, source):
-    """The edit that puts `new` for the group of `pattern`, which comes first in source[start:end]."""
-    match = re.compile(GAP + pattern).match(source, start, end)
-    return [(*match.span(1), new)] if match else []
+def _swap(op, start, end, source, rng, suffix=""):
+    """The edit that replaces the operator `op`, which stands first in the gap source[start:end]."""
+    if type(op) in OPPOSITES:
+        pattern, new = OPPOSITES[type(op)]
+    else:
+        family = next((family for family in FAMILIES if type(op) in family), None)
+        if family is None:
+            return []  # @
+        symbol = family[type(op)]
+        new = rng.choice([other for other in family.values() if other not in EXPLOSIVE | {symbol}])
+        pattern, new = f"({re.escape(symbol + suffix)})", new + suffix
+    match = re.compile((GAP + pattern).encode()).match(source, start, end)
+    return [(*match.span(1), new.encode())] if match else []
 
 
 def _apply(edits, source):
-    pieces, done = [], 0
-    for start, end, new in sorted(edits):  # they never overlap; an insertion sorts first
-        pieces += [source[done:start], new]
-        done = end
-    return b"".join([*pieces, source[done:]]).decode()
+    for start, end, new in sorted(edits, reverse=True):  # from the back, so that offsets stay true
+        source = source[:start] + new + source[end:]
+    return source.decode()
 
 
 def _compile(text, flags=0):
@@ -283,10 +264,10 @@ def augment_arguments(value, rng: random.Random, *, probability=0.1):
     def changed(item):
         return augment_arguments(item, rng, probability=probability)
 
-    if type(value) in (list, tuple):
-        return type(value)(changed(item) for item in value)
     if type(value) in (set, frozenset):  # sorted: a set of strings has another order each run
         return type(value)(changed(item) for item in sorted(value, key=repr))
+    if type(value) in (list, tuple):
+        return type(value)(changed(item) for item in value)
     if type(value) is dict:
         return {key: changed(item) for key, item in value.items()}
     if type(value) not in (int, float, str) or rng.random() >= probability:

@@ -1,0 +1,222 @@
+"""Text to ids and back, and chats to prompts, exactly as Hugging Face's AutoTokenizer does it.
+
+The ids come from the checkpoint's own tokenizer.json through the `tokenizers` library. Around it
+AutoTokenizer applies a few rules of its own, repeated here because training on other ids than the
+model was made with goes unnoticed: tokens that only tokenizer_config.json names are added,
+`add_bos_token` and `add_eos_token` there replace the post-processor, truncation and padding are
+off, and for Qwen's tokenizer class the normaliser and the splitting are Qwen's whatever the file
+says. Chat templates are untrusted programs: they run in jinja2's immutable sandbox.
+
+Not covered: sentencepiece-only checkpoints (no tokenizer.json), slow Python tokenizers, tools,
+documents and several templates in one checkpoint (the one named "default" is used).
+"""
+import json
+import re
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+
+import jinja2
+import jinja2.ext
+import jinja2.sandbox
+import tokenizers
+from tokenizers import AddedToken, normalizers, pre_tokenizers, processors
+
+from weights import read_json, resolve_folder
+
+# Qwen's published splitting: contractions, words, single digits, punctuation, newlines, blanks.
+QWEN_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+              r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token",
+                 "mask_token")
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def highest_id(tokenizer_json):
+    """The highest id that a parsed tokenizer.json gives to any token, or -1."""
+    vocab = tokenizer_json.get("model", {}).get("vocab", {})
+    ids = vocab.values() if isinstance(vocab, dict) else range(len(vocab))
+    added = [token["id"] for token in tokenizer_json.get("added_tokens") or []]
+    return max([*ids, *added], default=-1)
+
+
+def as_list(ids):
+    """None, an int or a list of ints -> list of ints (the three spellings of eos_token_id)."""
+    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+
+
+class Tokenizer:
+    """A checkpoint's tokenizer; see `from_pretrained`.
+
+    eos_ids: every id that ends a completion (generation_config.json, else config.json, else the
+    tokenizer's own EOS). pad_id: an id to fill with, never to be told from content by value.
+    real_vocab_size: highest id + 1; the model's further rows are padding.
+    """
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+        path = self.folder / "tokenizer.json"
+        if not path.exists():
+            raise FileNotFoundError(f"no tokenizer.json in {folder}: only the tokenizers library's "
+                                    "format is read; save it with AutoTokenizer(...).save_pretrained")
+        try:
+            self.backend = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:              # the library raises bare Exception
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"{path} is not a readable tokenizer: {reason}") from None
+        self.settings = read_json(self.folder / "tokenizer_config.json", {})
+        config = read_json(self.folder / "config.json", {})
+        generation = read_json(self.folder / "generation_config.json", {})
+        names = {**read_json(self.folder / "special_tokens_map.json", {}), **self.settings}
+        self.special_tokens = {}                # "eos_token" -> its text
+        for name in SPECIAL_NAMES:
+            token = names.get(name)
+            if token:
+                self.special_tokens[name] = token["content"] if isinstance(token, dict) else token
+        self._follow_auto_tokenizer(config)
+        self.real_vocab_size = max(self.backend.get_vocab(True).values()) + 1
+        self.eos_ids = (as_list(generation.get("eos_token_id"))
+                        or as_list(config.get("eos_token_id"))
+                        or as_list(self._special_id("eos_token")))
+        pads = [self._special_id("pad_token"), generation.get("pad_token_id"),
+                config.get("pad_token_id"), *self.eos_ids, 0]
+        self.pad_id = next(pad for pad in pads if pad is not None)
+
+    @classmethod
+    def from_pretrained(cls, path_or_hub_id):
+        """Read tokenizer.json and its companions from a folder or a hub id.
+
+        FileNotFoundError or ValueError, one line, where there is none or it cannot be read.
+        """
+        return cls(resolve_folder(path_or_hub_id))
+
+    def _special_id(self, name):
+        token = self.special_tokens.get(name)
+        return None if token is None else self.backend.token_to_id(token)
+
+    def _follow_auto_tokenizer(self, config):
+        """Apply what AutoTokenizer adds to or replaces in tokenizer.json."""
+        backend, settings = self.backend, self.settings
+        backend.no_truncation()
+        backend.no_padding()
+        model_type = config.get("model_type")
+        declared = settings.get("tokenizer_class") or config.get("tokenizer_class") or "Qwen2Tokenizer"
+        if model_type == "qwen2" or (model_type == "qwen3"
+                                     and declared.removesuffix("Fast") == "Qwen2Tokenizer"):
+            backend.normalizer = normalizers.NFC()
+            backend.pre_tokenizer = pre_tokenizers.Sequence([
+                pre_tokenizers.Split(tokenizers.Regex(QWEN_SPLIT), "isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        known = {str(token) for token in backend.get_added_tokens_decoder().values()}
+        decoder = settings.get("added_tokens_decoder") or {}
+        listed = [decoder[key] for key in sorted(decoder, key=int)]
+        listed = [AddedToken(**{k: v for k, v in entry.items() if k != "__type"})
+                  for entry in listed if entry["content"] not in known]
+        backend.add_tokens(listed)
+        extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens")
+        extra = list(extra.values()) if isinstance(extra, dict) else extra or []
+        extra = [token["content"] if isinstance(token, dict) else token for token in extra]
+        known |= {token.content for token in listed}
+        backend.add_special_tokens([AddedToken(token, special=True, normalized=False)
+                                    for token in [*self.special_tokens.values(), *extra]
+                                    if token not in known])
+        if "add_bos_token" in settings or "add_eos_token" in settings:
+            around = {"bos_token": settings.get("add_bos_token"),
+                      "eos_token": settings.get("add_eos_token")}
+            used = {name: self.special_tokens[name] for name, wanted in around.items()
+                    if wanted and name in self.special_tokens}
+            backend.post_processor = processors.TemplateProcessing(
+                single=[*[used[n] for n in ("bos_token",) if n in used], "$A",
+                        *[used[n] for n in ("eos_token",) if n in used]],
+                special_tokens=[(text, backend.token_to_id(text)) for text in used.values()])
+
+    def encode(self, text, add_special_tokens=True):
+        """str -> list[int], AutoTokenizer's `input_ids`, BOS included where the tokenizer adds one.
+
+        Text that spells a special token becomes that token. Lone surrogates (undecodable bytes
+        in a program's output) become U+FFFD, since no tokenizer takes them.
+        """
+        text = LONE_SURROGATE.sub("\ufffd", text)
+        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def decode(self, ids, skip_special_tokens=True):
+        """Ids -> str, nothing stripped. Special tokens (EOS, pad) are left out unless asked for;
+        ids past the vocabulary are left out always."""
+        return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    @cached_property
+    def chat_template(self):
+        """The source of the chat template, or None: chat_template.jinja, else chat_template.json,
+        else tokenizer_config.json's entry."""
+        path = self.folder / "chat_template.jinja"
+        if path.exists():
+            return path.read_text(encoding="utf-8")
+        template = (read_json(self.folder / "chat_template.json", {}).get("chat_template")
+                    or self.settings.get("chat_template"))
+        if isinstance(template, list):          # [{"name": "default", "template": ...}, ...]
+            template = {entry["name"]: entry["template"] for entry in template}
+        if isinstance(template, dict):
+            if "default" not in template:
+                raise ValueError(f"{self.folder} has chat templates {sorted(template)} but none is "
+                                 "named default")
+            template = template["default"]
+        return template
+
+    @cached_property
+    def _compiled_template(self):
+        return compile_template(self.chat_template)
+
+    def render_chat(self, messages, add_generation_prompt=True):
+        """[{"role": str, "content": str}, ...] -> the text a chat model is prompted with.
+
+        A checkpoint without a template (a base model) gets the contents as plain text, one after
+        the other, each ended by a newline. ValueError with the template's reason if it refuses.
+        """
+        messages = [{key: value for key, value in message.items() if value is not None}
+                    for message in messages]
+        if self.chat_template is None:
+            return "".join(message["content"] + "\n" for message in messages)
+        try:
+            return self._compiled_template.render(
+                messages=messages, tools=None, documents=None,
+                add_generation_prompt=add_generation_prompt, **self.special_tokens)
+        except (jinja2.TemplateError, TypeError) as error:
+            raise ValueError(f"the chat template of {self.folder} failed: {error}") from None
+
+    def encode_chat(self, messages, add_generation_prompt=True):
+        """Ids of `render_chat`, without another BOS: a template writes its own."""
+        text = self.render_chat(messages, add_generation_prompt)
+        return self.encode(text, add_special_tokens=self.chat_template is None)
+
+
+class GenerationTag(jinja2.ext.Extension):
+    """`{% generation %} … {% endgeneration %}` marks the assistant's part: render what is inside."""
+    tags = {"generation"}
+
+    def parse(self, parser):
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
+        return jinja2.nodes.Scope(body, lineno=line)
+
+
+def compile_template(source):
+    """A jinja2 template with the options, filters and globals that chat templates rely on."""
+    def raise_exception(message):
+        raise jinja2.TemplateError(message)
+
+    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+        # jinja2's own filter escapes HTML characters, which would change the prompt
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
+                          sort_keys=sort_keys)
+
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True,
+        extensions=[jinja2.ext.loopcontrols, GenerationTag])
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
+    try:
+        return environment.from_string(source)
+    except jinja2.TemplateSyntaxError as error:
+        raise ValueError(f"the chat template has a syntax error in line {error.lineno}: "
+                         f"{error.message}") from None

@@ -79,7 +79,7 @@ class Config:
             raise ValueError(f"architecture {architecture or raw.get('model_type')} is not "
                              f"supported; supported model types are {', '.join(ARCHITECTURES)}")
         for name, value in FIXED_FIELDS.items():
-            if (raw.get(name) or None) != (value or None):
+            if raw.get(name) not in (None, value):
                 raise ValueError(f"{name} {str(raw[name])[:60]} is not supported")
         layer_types = set(raw.get("layer_types") or ()) - {"full_attention"}
         windowed = (raw.get("use_sliding_window") and raw.get("sliding_window")

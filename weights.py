@@ -1,6 +1,6 @@
 """Checkpoint folders in Hugging Face layout: find them, read their tensors, write them whole.
 
-Tensors are read one at a time into memory of their own. (The safetensors library maps the file
+Tensors are read and converted piece by piece into memory of their own. (The safetensors library maps the file
 instead; its pages then count as this process's memory beside the converted copy, and a file
 overwritten in place would change a loaded model.) Writing goes to a folder beside the target that
 is renamed at the end, so a reader finds an old checkpoint or a new one, never half of one.
@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+SCRATCH_BYTES = 1 << 25     # tensors are read and converted in pieces of this size
 # what a checkpoint folder may hold besides config.json and weights; saved as it was loaded
 SIDE_FILES = ("generation_config.json", "tokenizer.json", "tokenizer_config.json",
               "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
@@ -82,13 +83,14 @@ def tensor_files(folder):
     return [folder / shard for shard in shards]
 
 
-def read_tensors(path, shapes):
-    """Yield (name, tensor on the CPU in the file's dtype) for each name in a safetensors file.
+def read_tensors(path, shapes, device, dtype):
+    """Yield (name, tensor) for each name in a safetensors file.
 
     shapes: {name: shape}. A tensor that it lacks, or of another shape, is yielded as the string
     that says so, unread. Layout: 8 bytes of header length, a JSON header with each tensor's
     dtype, shape and byte range, then the bytes.
     """
+    scratch = torch.empty(SCRATCH_BYTES, dtype=torch.uint8)
     size = path.stat().st_size
     with open(path, "rb") as file:
         start = 8 + int.from_bytes(file.read(8), "little")
@@ -112,18 +114,21 @@ def read_tensors(path, shapes):
             if entry["dtype"] not in DTYPES:
                 raise ValueError(f"{path}: {name} has dtype {entry['dtype']}; supported are "
                                  f"{', '.join(DTYPES)}")
-            tensor = torch.empty(entry["shape"], dtype=DTYPES[entry["dtype"]])
+            tensor = torch.empty(entry["shape"], device=device, dtype=dtype)
+            part = scratch.view(DTYPES[entry["dtype"]])
             begin, end = entry["data_offsets"]
-            if end - begin != tensor.nbytes:
+            if end - begin != tensor.numel() * part.itemsize:
                 raise ValueError(f"{path} is corrupt: {name} takes {end - begin} bytes, not "
-                                 f"{tensor.nbytes}")
+                                 f"{tensor.numel() * part.itemsize}")
             file.seek(start + begin)
-            file.readinto(tensor.flatten().view(torch.uint8).numpy())
+            for piece in tensor.view(-1).split(len(part)):
+                file.readinto(part[:len(piece)].view(torch.uint8).numpy())
+                piece.copy_(part[:len(piece)])
             yield name, tensor
 
 
 def load_tensors(folder, shapes, device, dtype):
-    """{name: shape} -> {name: tensor}, converted one by one, so that memory holds one model.
+    """{name: shape} -> {name: tensor}, converted while reading: memory holds one model.
 
     ValueError names tensors that are missing, unexpected or of another shape. Old checkpoints'
     rotary tables are skipped; the output layer of a tied model is skipped if it is the embedding.
@@ -133,13 +138,13 @@ def load_tensors(folder, shapes, device, dtype):
     tied = head not in shapes
     wanted = {**shapes, head: shapes[embedding]}
     for path in tensor_files(folder):
-        for name, tensor in read_tensors(path, wanted):
+        for name, tensor in read_tensors(path, wanted, device, dtype):
             if name.endswith("rotary_emb.inv_freq"):
                 continue
             if isinstance(tensor, str):
                 problems.append(f"{name} is {tensor}")
             else:
-                tensors[name] = tensor.to(device=device, dtype=dtype)
+                tensors[name] = tensor
     if tied and head in tensors and not torch.equal(tensors.pop(head), tensors[embedding]):
         problems.append(f"{head} differs from {embedding} although tie_word_embeddings is true")
     named = {problem.split(" ")[0] for problem in problems}

@@ -1,10 +1,11 @@
 """The policy: a decoder-only transformer that loads and saves Hugging Face checkpoints.
 
-Three architectures, which cover the four models of the paper (arXiv 2508.05242, section 4.1):
-qwen2 (Qwen2.5-Coder; biases on q, k, v), qwen3 (RMS norm on q and k) and llama (Llama 3.1 with its
+Three architectures, which cover the four models that the paper (arXiv 2508.05242) trains: qwen2
+(Qwen2.5-Coder; biases on q, k, v), qwen3 (RMS norm on q and k) and llama (Llama 3.1 with its
 scaled rope, Seed-Coder, Yi-Coder). Parameters carry Hugging Face's names, so a checkpoint is a
 dictionary; a config field that would change the computation and is not implemented is an error
-that names it. `Tokenizer` lives in tokenizer.py and is re-exported here; weights.py reads and writes the folders.
+that names it. `Tokenizer` lives in tokenizer.py and is re-exported here; weights.py reads and
+writes the folders.
 
 Not covered: sliding windows, mixtures of experts, quantised weights, yarn and dynamic rope,
 pytorch_model.bin. Dropout is none, as in the official recipe.
@@ -85,8 +86,8 @@ class Config:
         windowed = (raw.get("use_sliding_window") and raw.get("sliding_window")
                     and raw.get("max_window_layers", 0) < raw.get("num_hidden_layers", 0))
         if layer_types or windowed and not raw.get("layer_types"):
-            raise ValueError(f"sliding-window attention is in use (layer_types {sorted(layer_types)},"
-                             f" sliding_window {raw.get('sliding_window')}) and not supported")
+            raise ValueError("sliding-window attention is in use and not supported (layer_types "
+                             f"{sorted(layer_types)}, sliding_window {raw.get('sliding_window')})")
         if raw["model_type"] == "qwen2":
             raw.pop("attention_bias", None)     # transformers ignores it: qwen2 always has biases
         elif raw.get("attention_bias"):
@@ -217,7 +218,8 @@ class Attention(nn.Module):
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)   # (B, heads, T, d)
                    for proj in (self.q_proj, self.k_proj, self.v_proj))
         if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+            # under autocast fp32 norm weights widen q and k; attention wants one dtype
+            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         return self.o_proj(attention(self.layer, q, k, v).transpose(1, 2).flatten(2))
 

@@ -3,9 +3,10 @@
 The ids come from the checkpoint's own tokenizer.json through the `tokenizers` library. Around it
 AutoTokenizer applies a few rules of its own, repeated here because training on other ids than the
 model was made with goes unnoticed: tokens that only tokenizer_config.json names are added,
-`add_bos_token` and `add_eos_token` there replace the post-processor, truncation and padding are
-off, and for Qwen's tokenizer class the normaliser and the splitting are Qwen's whatever the file
-says. Chat templates are untrusted programs: they run in jinja2's immutable sandbox.
+truncation and padding are off, and for Qwen's tokenizer class the normaliser and the splitting are
+Qwen's whatever the file says. (For that class it also adds "<|endoftext|>" where a vocabulary has
+none, an id that the model has no row for: left out here.) BOS is the file's affair alone. Chat
+templates are untrusted programs: they run in jinja2's immutable sandbox.
 
 Not covered: sentencepiece-only checkpoints (no tokenizer.json), slow Python tokenizers, tools,
 documents and several templates in one checkpoint (the one named "default" is used).
@@ -20,13 +21,14 @@ import jinja2
 import jinja2.ext
 import jinja2.sandbox
 import tokenizers
-from tokenizers import AddedToken, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, normalizers, pre_tokenizers
 
 from weights import read_json, resolve_folder
 
 # Qwen's published splitting: contractions, words, single digits, punctuation, newlines, blanks.
 QWEN_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
               r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+QWEN_CLASSES = (None, "Qwen2Tokenizer", "Qwen2TokenizerFast")
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token",
                  "mask_token")
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
@@ -45,6 +47,11 @@ def as_list(ids):
     return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
 
 
+def token_text(token):
+    """A token of tokenizer_config.json, a str or {"content": str, ...} -> its text."""
+    return token["content"] if isinstance(token, dict) else token
+
+
 class Tokenizer:
     """A checkpoint's tokenizer; see `from_pretrained`.
 
@@ -57,8 +64,8 @@ class Tokenizer:
         self.folder = Path(folder)
         path = self.folder / "tokenizer.json"
         if not path.exists():
-            raise FileNotFoundError(f"no tokenizer.json in {folder}: only the tokenizers library's "
-                                    "format is read; save it with AutoTokenizer(...).save_pretrained")
+            raise FileNotFoundError(f"no tokenizer.json in {folder}: only that format is read; "
+                                    "AutoTokenizer's save_pretrained writes it")
         try:
             self.backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:              # the library raises bare Exception
@@ -72,7 +79,7 @@ class Tokenizer:
         for name in SPECIAL_NAMES:
             token = names.get(name)
             if token:
-                self.special_tokens[name] = token["content"] if isinstance(token, dict) else token
+                self.special_tokens[name] = token_text(token)
         self._follow_auto_tokenizer(config)
         self.real_vocab_size = max(self.backend.get_vocab(True).values()) + 1
         self.eos_ids = (as_list(generation.get("eos_token_id"))
@@ -100,35 +107,25 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         model_type = config.get("model_type")
-        declared = settings.get("tokenizer_class") or config.get("tokenizer_class") or "Qwen2Tokenizer"
-        if model_type == "qwen2" or (model_type == "qwen3"
-                                     and declared.removesuffix("Fast") == "Qwen2Tokenizer"):
+        declared = settings.get("tokenizer_class") or config.get("tokenizer_class")
+        if model_type == "qwen2" or (model_type == "qwen3" and declared in QWEN_CLASSES):
             backend.normalizer = normalizers.NFC()
             backend.pre_tokenizer = pre_tokenizers.Sequence([
                 pre_tokenizers.Split(tokenizers.Regex(QWEN_SPLIT), "isolated"),
                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-        known = {str(token) for token in backend.get_added_tokens_decoder().values()}
-        decoder = settings.get("added_tokens_decoder") or {}
-        listed = [decoder[key] for key in sorted(decoder, key=int)]
-        listed = [AddedToken(**{k: v for k, v in entry.items() if k != "__type"})
-                  for entry in listed if entry["content"] not in known]
-        backend.add_tokens(listed)
-        extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens")
-        extra = list(extra.values()) if isinstance(extra, dict) else extra or []
-        extra = [token["content"] if isinstance(token, dict) else token for token in extra]
-        known |= {token.content for token in listed}
-        backend.add_special_tokens([AddedToken(token, special=True, normalized=False)
-                                    for token in [*self.special_tokens.values(), *extra]
-                                    if token not in known])
-        if "add_bos_token" in settings or "add_eos_token" in settings:
-            around = {"bos_token": settings.get("add_bos_token"),
-                      "eos_token": settings.get("add_eos_token")}
-            used = {name: self.special_tokens[name] for name, wanted in around.items()
-                    if wanted and name in self.special_tokens}
-            backend.post_processor = processors.TemplateProcessing(
-                single=[*[used[n] for n in ("bos_token",) if n in used], "$A",
-                        *[used[n] for n in ("eos_token",) if n in used]],
-                special_tokens=[(text, backend.token_to_id(text)) for text in used.values()])
+        known = {token.content for token in backend.get_added_tokens_decoder().values()}
+        entries = settings.get("added_tokens_decoder") or {}        # {"id": {"content": ...}, ...}
+        for key in sorted(entries, key=int):
+            if entries[key]["content"] not in known:
+                flags = {k: v for k, v in entries[key].items() if k != "__type"}
+                backend.add_tokens([AddedToken(**flags)])
+                known.add(flags["content"])
+        extra = (settings.get("extra_special_tokens")
+                 or settings.get("additional_special_tokens") or [])
+        extra = list(extra.values()) if isinstance(extra, dict) else extra
+        for token in [*self.special_tokens.values(), *map(token_text, extra)]:
+            if token not in known:
+                backend.add_special_tokens([AddedToken(token, special=True, normalized=False)])
 
     def encode(self, text, add_special_tokens=True):
         """str -> list[int], AutoTokenizer's `input_ids`, BOS included where the tokenizer adds one.
@@ -190,7 +187,7 @@ class Tokenizer:
 
 
 class GenerationTag(jinja2.ext.Extension):
-    """`{% generation %} … {% endgeneration %}` marks the assistant's part: render what is inside."""
+    """`{% generation %}` … `{% endgeneration %}` mark the assistant's part: render what they hold."""
     tags = {"generation"}
 
     def parse(self, parser):

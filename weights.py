@@ -1,8 +1,8 @@
 """Checkpoint folders in Hugging Face layout: find them, read their tensors, write them whole.
 
-Tensors are read and converted piece by piece into memory of their own. (The safetensors library maps the file
-instead; its pages then count as this process's memory beside the converted copy, and a file
-overwritten in place would change a loaded model.) Writing goes to a folder beside the target that
+Tensors are read and converted piece by piece into memory of their own. (The safetensors library
+maps the file instead; its pages then count as this process's memory beside the converted copy, and
+a file overwritten in place would change a loaded model.) Writing goes to a folder beside the target that
 is renamed at the end, so a reader finds an old checkpoint or a new one, never half of one.
 
 Not covered: pytorch_model.bin, quantised tensors.
@@ -181,14 +181,20 @@ def save_folder(path, config, tensors, side_files, shard_bytes):
         (partial / name).write_bytes(content)
     save_shards(partial, tensors, shard_bytes)
     for entry in [*partial.iterdir(), partial]:
-        descriptor = os.open(entry, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+        sync(entry)
     if path.exists():
         shutil.rmtree(old, ignore_errors=True)
         path.rename(old)
     partial.rename(path)
+    sync(path.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def sync(path):
+    """Wait until a file or folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
 
 
 def save_shards(folder, tensors, shard_bytes):

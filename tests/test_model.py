@@ -92,7 +92,7 @@ def test_old_and_new_config_spellings_mean_the_same(tmp_path):
                 rope_scaling=scaling, torch_dtype="float32")
     old = GPT.from_pretrained(tmp_path)
     assert old.config.rope_scaling == new.config.rope_scaling == LLAMA31
-    assert torch.equal(old(token_ids()), new(token_ids())), "rope_scaling is rope_parameters' old name"
+    assert torch.equal(old(token_ids()), new(token_ids())), "two spellings of one model"
 
 
 def test_attention_bias_in_a_qwen2_config_is_ignored_as_transformers_does(tmp_path):
@@ -143,6 +143,15 @@ def test_recomputing_blocks_gives_the_same_gradients():
         ours.hidden_states(ids, checkpoint=checkpoint).square().sum().backward()
         gradients.append([p.grad.clone() for n, p in ours.named_parameters() if "lm_head" not in n])
     assert all(map(torch.equal, *gradients)), "checkpointing trades time for memory, nothing else"
+
+
+@pytest.mark.parametrize("family", CLASSES)
+def test_autocast_computes_near_the_same(family):
+    ours, ids = tiny(family), token_ids(2, 20)
+    exact = ours.hidden_states(ids)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = ours.hidden_states(ids)
+    assert (rounded.float() - exact).abs().max() < 0.1, "fp32 masters with bf16 compute must work"
 
 
 def test_rope_tables_turn_as_the_model_does():

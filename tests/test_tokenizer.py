@@ -8,18 +8,18 @@ import random
 import pytest
 import tokenizers
 import transformers
-from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
 
 import model
 from tokenizer import Tokenizer
 
 CORPUS = ["def f(x):\n    return x + 1\n", "for i in range(10):\n\tprint(i, 'naïve café')\n",
           "the quick brown fox; the lazy dog", "如果 x > 0: return True  # 12345"] * 3
-SPECIAL = ["<|bos|>", "<|im_start|>", "<|im_end|>", "<|pad|>"]
-PIECES = ["def f(x):", "\n    ", "\t", "  ", " ", "return", "12345", "0x1F", "é", "e\u0301", "ﬁ", "Å", "你好",
-          "한국어", "한", "👩‍👩‍👧", "🙂", "\x00", "\x1b[0m", "\r\n", "\u200b", "\ufeff", "\u00a0", "don't", "WE'LL",
-          "'s", "…", "—", "<|im_start|>", "<|im_end|>", "<|bos|>", "<|endoftext|>", "<tool>", "<|im_", "|>", "…\n\n",
-          "İ", "ß", "Ω", "\U0010ffff", "x" * 40, "==", "!=", "{}[]()", "\\n", "%s", "#", "_a_b"]
+SPECIAL = ["<|bos|>", "<|im_start|>", "<|im_end|>", "<|pad|>", "<|endoftext|>"]
+PIECES = ["def f(x):", "\n    ", "\t", "  ", " ", "return", "12345", "0x1F", "é",
+          "e\u0301", "ﬁ", "A\u030a", "你好", "한국어", "\u1112\u1161\u11ab", "👩‍👩‍👧", "🙂", "\x00", "\x1b[0m", "\r\n", "\u200b", "\ufeff", "\u00a0",
+          "don't", "WE'LL", "'s", "…", "—", "<|im_start|>", "<|im_end|>", "<|bos|>", "<|endoftext|>", "<tool>",
+          "<|im_", "|>", "…\n\n", "İ", "ß", "Ω", "\U0010ffff", "x" * 40, "==", "!=", "{}[]()", "\\n", "%s", "#", "_a_b"]
 TEMPLATE = """\
 {%- if messages[0]['role'] == 'system' %}
     {{- bos_token + '<|im_start|>system\\n' + messages[0]['content'] | trim + '<|im_end|>\\n' }}
@@ -53,7 +53,8 @@ CHATS = [
     [{"role": "user", "content": ""}],
     [{"role": "user", "content": "x", "name": None}],
     [{"role": "system", "content": "s"}, {"role": "user", "content": "{{ 7 * 7 }}{% raw %}"}],
-    [{"role": "user", "content": "```python\nprint('%d')\n```"}, {"role": "assistant", "content": "ok"}],
+    [{"role": "user", "content": "```python\nprint('%d')\n```"},
+     {"role": "assistant", "content": "ok"}],
     [{"role": "user", "content": "\tif x:\n\t\tpass\n"}],
     [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}] * 3,
     [{"role": "system", "content": "日本語"}, {"role": "user", "content": "e\u0301"}],
@@ -102,10 +103,9 @@ def add_bos(single="<|bos|> $A"):
 VARIANTS = {
     "plain": {},
     "bos in the post-processor": {"post_processor": add_bos()},
-    "bos switched on in the settings": {"settings": {"add_bos_token": True}},
-    "bos switched off in the settings": {"settings": {"add_bos_token": False},
-                                         "post_processor": add_bos()},
-    "bos and eos": {"settings": {"add_bos_token": True, "add_eos_token": True}},
+    "bos in the settings alone, where it does nothing": {"settings": {"add_bos_token": True}},
+    "bos switched off in the settings, in vain": {"settings": {"add_bos_token": False},
+                                                  "post_processor": add_bos()},
     "token in the settings only": {"settings": {"added_tokens_decoder": {
         "2": {"content": "<|im_end|>", "special": True, "normalized": False, "lstrip": False,
               "rstrip": False, "single_word": False},
@@ -115,7 +115,8 @@ VARIANTS = {
     "eos that is no added token": {"settings": {"eos_token": "return"}},
     "qwen2 whatever the file says": {"model_type": "qwen2"},
     "qwen3, class of the file": {"model_type": "qwen3"},
-    "qwen3, Qwen's class": {"model_type": "qwen3", "settings": {"tokenizer_class": "Qwen2Tokenizer"}},
+    "qwen3, Qwen's class": {"model_type": "qwen3",
+                            "settings": {"tokenizer_class": "Qwen2Tokenizer"}},
 }
 
 

@@ -89,7 +89,8 @@ def test_saving_over_the_folder_it_came_from_replaces_it(tmp_path):
     with torch.no_grad():
         ours.model["norm"].weight.fill_(3.0)
     ours.save_pretrained(tmp_path / "m")
-    assert sorted(p.name for p in (tmp_path / "m").iterdir()) == ["config.json", "model.safetensors"]
+    names = sorted(p.name for p in (tmp_path / "m").iterdir())
+    assert names == ["config.json", "model.safetensors"], "old shards must go"
     assert GPT.from_pretrained(tmp_path / "m").model["norm"].weight.eq(3.0).all()
     assert [p.name for p in tmp_path.iterdir()] == ["m"], "nothing may be left beside it"
 
@@ -162,11 +163,11 @@ def wrong_kind_of_weights(folder):
 
 BAD_FOLDERS = {
     "no config": (lambda f: (f / "config.json").unlink(), "no config.json in"),
-    "broken config": (lambda f: (f / "config.json").write_text("{"), "config.json is not valid JSON"),
+    "broken config": (lambda f: (f / "config.json").write_text("{"), "json is not valid JSON"),
     "config no object": (lambda f: (f / "config.json").write_text("[]"), "not an object"),
     "architecture": (configure(model_type="gpt2", architectures=["GPT2LMHeadModel"]),
                      "architecture GPT2LMHeadModel is not supported.*qwen2, qwen3, llama"),
-    "quantised": (configure(quantization_config={"quant_method": "awq"}), "quantization_config.*awq"),
+    "quantised": (configure(quantization_config={"method": "awq"}), "quantization_config.*awq"),
     "window": (configure(use_sliding_window=True, sliding_window=32, max_window_layers=1,
                          layer_types=...), "sliding-window attention"),
     "layer types": (configure(layer_types=["full_attention", "sliding_attention",
@@ -274,4 +275,5 @@ def test_real_checkpoints_survive_saving(checkpoints, tmp_path):
         assert all(map(torch.equal, ours.parameters(), again.parameters())), folder
         for name in os.listdir(folder):
             if "token" in name:
-                assert (tmp_path / "saved" / name).read_bytes() == (Path(folder) / name).read_bytes()
+                saved = (tmp_path / "saved" / name).read_bytes()
+                assert saved == (Path(folder) / name).read_bytes(), name

@@ -187,7 +187,7 @@ class Tokenizer:
 
 
 class GenerationTag(jinja2.ext.Extension):
-    """`{% generation %}` … `{% endgeneration %}` mark the assistant's part: render what they hold."""
+    """The tag `{% generation %}` marks the assistant's part: render what is inside."""
     tags = {"generation"}
 
     def parse(self, parser):

@@ -2,8 +2,9 @@
 
 Tensors are read and converted piece by piece into memory of their own. (The safetensors library
 maps the file instead; its pages then count as this process's memory beside the converted copy, and
-a file overwritten in place would change a loaded model.) Writing goes to a folder beside the target that
-is renamed at the end, so a reader finds an old checkpoint or a new one, never half of one.
+a file overwritten in place would change a loaded model.) Writing goes to a folder beside the
+target that is renamed at the end, so a reader finds an old checkpoint or a new one, never half of
+one.
 
 Not covered: pytorch_model.bin, quantised tensors.
 """

@@ -16,10 +16,13 @@ from tokenizer import Tokenizer
 CORPUS = ["def f(x):\n    return x + 1\n", "for i in range(10):\n\tprint(i, 'naïve café')\n",
           "the quick brown fox; the lazy dog", "如果 x > 0: return True  # 12345"] * 3
 SPECIAL = ["<|bos|>", "<|im_start|>", "<|im_end|>", "<|pad|>", "<|endoftext|>"]
-PIECES = ["def f(x):", "\n    ", "\t", "  ", " ", "return", "12345", "0x1F", "é",
-          "e\u0301", "ﬁ", "A\u030a", "你好", "한국어", "\u1112\u1161\u11ab", "👩‍👩‍👧", "🙂", "\x00", "\x1b[0m", "\r\n", "\u200b", "\ufeff", "\u00a0",
-          "don't", "WE'LL", "'s", "…", "—", "<|im_start|>", "<|im_end|>", "<|bos|>", "<|endoftext|>", "<tool>",
-          "<|im_", "|>", "…\n\n", "İ", "ß", "Ω", "\U0010ffff", "x" * 40, "==", "!=", "{}[]()", "\\n", "%s", "#", "_a_b"]
+PIECES = ["def f(x):", "\n    ", "\t", "  ", " ", "return", "12345", "0x1F", "é", "e\u0301",
+          "\ufb01", "A\u030a", "你好", "한국어", "\u1112\u1161\u11ab",
+          "\U0001f469\u200d\U0001f469\u200d\U0001f467", "\U0001f642", "\x00", "\x1b[0m", "\r\n",
+          "\u200b", "\ufeff", "\xa0", "don't", "WE'LL", "'s", "…", "—", "<|im_start|>",
+          "<|im_end|>", "<|bos|>", "<|endoftext|>", "<tool>", "<|im_", "|>", "…\n\n", "İ", "ß",
+          "Ω", "\U0010ffff", "x" * 40, "==", "!=", "{}[]()",
+          "\\n", "%s", "#", "_a_b"]
 TEMPLATE = """\
 {%- if messages[0]['role'] == 'system' %}
     {{- bos_token + '<|im_start|>system\\n' + messages[0]['content'] | trim + '<|im_end|>\\n' }}

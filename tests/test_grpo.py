@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import grpo
 import logprobs as logprobs_module
@@ -614,3 +615,50 @@ def test_misfitting_arguments_are_refused():
     with pytest.raises(ValueError, match="mean_over"):
         update(model, torch.optim.SGD(model.parameters(), 0.1), PROMPTS, rollouts(model),
                spread_advantages(), mean_over="rows")
+
+
+# ---------------------------------------------------------------------------- many processes
+
+def four_groups():
+    """PROMPTS and one whose group has no spread: rank 0 of 2 has two micro-batches, rank 1 one."""
+    prompts, completions = PROMPTS + [[1, 2]], COMPLETIONS + [[2, 3], [4], [5, 6, 7], [8]]
+    rows = rollouts(tiny(), prompts, completions)
+    return prompts, rows, torch.cat([spread_advantages(), torch.zeros(1, 4)])
+
+
+def train_a_shard(rank, world, folder):
+    """What each process does: three updates on its half of the prompts, the model sharded."""
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank,
+                            world_size=world)
+    mesh = dist.device_mesh.init_device_mesh("cpu", (world,))
+    model = tiny()
+    for block in model.model["layers"]:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    register_fsdp_forward_method(model, "hidden_states")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    prompts, rows, advantages = four_groups()
+    mine = slice(2 * rank, 2 * rank + 2)
+    for _ in range(3):
+        metrics = update(model, optimizer, prompts[mine], rows[8 * rank:8 * rank + 8],
+                         advantages[mine], micro_batch_tokens=1)
+    weights = {name: p.full_tensor() for name, p in model.named_parameters()}
+    torch.save((metrics, weights), f"{folder}/rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_equal_one(tmp_path):
+    torch.multiprocessing.spawn(train_a_shard, args=(2, tmp_path), nprocs=2)
+    (metrics, weights), (others, _) = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
+    assert metrics == others, "every rank reports the whole update"
+    model = tiny()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(3):
+        alone = update(model, optimizer, *four_groups())
+    for name, parameter in model.named_parameters():
+        assert torch.allclose(parameter, weights[name], atol=1e-6), f"{name} depends on the ranks"
+    for name in ("loss", "entropy", "grad_norm", "logprob_gap"):
+        assert metrics[name] == pytest.approx(alone[name], abs=1e-6), name
+    assert metrics["tokens"] == alone["tokens"] and metrics["dropped_groups"] == 1

@@ -225,3 +225,114 @@ def test_bytes_equal_real_python(sandbox, name):
     addresses = r"0x[0-9a-f]{8,}"           # of objects: no two interpreters agree on them
     assert [re.sub(addresses, "ADDRESS", str(part)) for part in ours] == [
         re.sub(addresses, "ADDRESS", str(part)) for part in real]
+
+
+# ------------------------------------------------------------------------------------------ hostility
+
+FORK_BOMB = "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass"
+THREADS = "import threading, time\nn = 0\ntry:\n    while n < 5000:\n        threading.Thread(target=time.sleep, " \
+          "args=(60,), daemon=True).start()\n        n += 1\nexcept RuntimeError: pass\nprint(n < 5000, flush=True)"
+EATERS = "import os, time\nfor _ in range(40):\n    if os.fork() == 0:\n        x = bytearray(100 << 20)\n" \
+         "        time.sleep(60)\ntime.sleep(60)"
+DAEMON = """import os, sys, time
+if os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0:
+        open('marker', 'w').write('x')
+        time.sleep(60)
+    os._exit(0)
+os.wait()
+while not os.path.exists('marker'): time.sleep(.01)
+print('done')"""
+
+# name: (program, statuses allowed, what stdout must hold, limits in seconds: time-out, wall)
+HOSTILE = {
+    "endless loop": ("while True: pass", "timeout", "", 0.5, 2),
+    "sleeper": ("import time\ntime.sleep(60)", "timeout", "", 0.5, 2),
+    "waits for input": ("import os\nos.dup2(os.pipe()[0], 0)\ninput()", "timeout", "", 0.5, 2),
+    "ignores signals": ("import signal\nfor s in signal.valid_signals():\n    try: signal.signal(s, signal.SIG_IGN)\n"
+                        "    except OSError: pass\nwhile True: pass", "timeout", "", 0.5, 2),
+    "blocks signals": ("import signal\nsignal.pthread_sigmask(0, signal.valid_signals())\nwhile True: pass",
+                       "timeout", "", 0.5, 2),
+    "catches everything": ("while True:\n    try:\n        while True: pass\n    except BaseException: pass",
+                           "timeout", "", 0.5, 2),
+    "stops itself": ("import os, signal\nos.kill(os.getpid(), signal.SIGSTOP)", "timeout", "", 0.5, 2),
+    "stuck in C": ("'a' * 10**6 in iter(int, 1)", "timeout", "", 0.5, 2),
+    "regex blow-up": ("import re\nre.match('(a+)+$', 'a' * 40 + 'b')", "timeout", "", 0.5, 2),
+    "huge power": ("print(len(str(9 ** 9 ** 9)))", "timeout memory error", "", 1, 4),
+    "atexit hangs": ("import atexit, time\natexit.register(time.sleep, 60)\nprint(1)", "timeout", "1\n", 0.5, 2),
+    "thread keeps it": ("import threading, time\nthreading.Thread(target=time.sleep, args=(60,)).start()",
+                        "timeout", "", 0.5, 2),
+    "resets its alarm": ("import resource\nresource.setrlimit(resource.RLIMIT_CPU, (1, 1))\nwhile True: pass",
+                         "timeout crash", "", 5, 4),
+    "fork bomb": (FORK_BOMB, "timeout memory", "", 1, 6),
+    "fork tree": ("import os, time\nfor _ in range(6): os.fork()\ntime.sleep(60)", "timeout", "", 1, 4),
+    "daemon": (DAEMON, "ok", "done\n", 5, 2),
+    "daemon holds stdout": ("import os, time\nif os.fork() == 0:\n    time.sleep(60)\nprint('main')", "ok", "main\n", 5, 2),
+    "child outlives parent": ("import subprocess\nsubprocess.Popen(['sleep', '60'])\nprint(1)", "ok", "1\n", 5, 2),
+    "stopped child": ("import os, signal\np = os.fork()\nif p == 0:\n    os.kill(os.getpid(), signal.SIGSTOP)\nprint(1)",
+                      "ok", None, 5, 2),
+    "zombies": ("import os\nfor _ in range(50):\n    if os.fork() == 0: os._exit(0)\nprint(1)", "ok", "1\n", 5, 3),
+    "orphans": ("import os\nfor _ in range(300):\n    if os.fork() == 0:\n        if os.fork() == 0: os._exit(0)\n"
+                "        os._exit(0)\n    os.wait()\nprint(1)", "ok error", None, 8, 8),
+    "many threads": (THREADS, "ok", "True\n", 5, 4),
+    "memory": ("x = []\nwhile True: x.append(bytearray(1 << 20))", "memory", "", 5, 4),
+    "memory at once": ("x = bytearray(1 << 40)", "memory", "", 5, 2),
+    "memory caught": ("try: x = bytearray(1 << 40)\nexcept MemoryError: print('caught')", "ok", "caught\n", 5, 2),
+    "mmap": ("import mmap\nm = [mmap.mmap(-1, 1 << 28) for _ in range(64)]", "error memory", "", 5, 2),
+    "memory in children": (EATERS, "memory", "", 8, 6),
+    "deep C recursion": ("import sys\nsys.setrecursionlimit(10**9)\nx = []\nfor _ in range(10**6): x = [x]\n"
+                         "import pickle\npickle.dumps(x)", "crash error memory", None, 8, 8),
+    "output": ("while True: print('x' * 1000)", "output", None, 5, 3),
+    "error output": ("import sys\nwhile True: sys.stderr.write('x' * 1000)", "output", None, 5, 3),
+    "output without newline": ("import os\nwhile True: os.write(1, bytes(1 << 20))", "output", None, 5, 3),
+    "output from children": ("import os\nfor _ in range(5): os.fork()\nwhile True: os.write(2, b'x' * 4096)",
+                             "output", None, 5, 4),
+    "big file": ("f = open('big', 'wb')\nwhile True: f.write(bytes(1 << 20))", "error", "", 5, 4),
+    "many big files": ("for i in range(1000): open(str(i), 'wb').write(bytes(1 << 22))", "error", "", 5, 5),
+    "many files": ("for i in range(10**6): open(str(i), 'w')", "error", None, 8, 8),
+    "deep folders": ("import os\nfor i in range(3000):\n    os.mkdir('d')\n    os.chdir('d')\nprint('deep')",
+                     "ok", "deep\n", 8, 8),
+    "locked folders": ("import os\nos.makedirs('a/b')\nopen('a/b/c', 'w')\nos.chmod('a/b', 0)\nos.chmod('a', 0)",
+                       "ok", "", 5, 3),
+    "removes its folder": ("import os, shutil\nshutil.rmtree(os.getcwd())\nprint(os.path.exists(__file__))",
+                           "ok error", None, 5, 3),
+    "its folder a link": ("import os\nd = os.getcwd()\nos.remove('main.py')\ntry:\n    os.rmdir(d)\n    os.symlink('/etc', d)\n"
+                          "except OSError: pass", "ok", "", 5, 3),
+    "odd names": ("open('\\udcff\\n;rm', 'w')\nopen('-rf', 'w')\nimport os\nos.mkfifo('pipe')\nos.symlink('/', 'root')",
+                  "ok", "", 5, 3),
+    "descriptors": ("import os\nf = []\ntry:\n    while len(f) < 5000: f.append(os.dup(0))\nexcept OSError: print('limited')",
+                    "ok", "limited\n", 5, 3),
+}
+
+
+@linux
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_program_ends_in_time_and_leaves_nothing(sandbox, layers, name):
+    code, statuses, out, timeout, wall = HOSTILE[name]
+    before = leftovers()
+    start = time.monotonic()
+    got = sandbox.run(code, timeout=timeout)
+    seconds = time.monotonic() - start
+    assert got.status in statuses.split(), got
+    assert out is None or got.stdout == out
+    assert seconds < wall, f"{seconds:.1f} s"
+    assert len(got.stdout) <= 1 << 20 and len(got.stderr) <= 1 << 20, "output must be capped"
+    assert leftovers() == before, "processes, temporary files, descriptors or shared memory were left behind"
+    look = "import os\nprint(os.listdir(), [n for n in os.listdir('/tmp') + os.listdir('/dev/shm') if 'sandbox' not in n])"
+    if layers["private /proc"] == "":
+        look += "\nprint(len([n for n in os.listdir('/proc') if n.isdigit()]))"
+    after = sandbox.run(look)
+    assert after.status == "ok" and after.stdout.startswith("['main.py'] ["), after
+    if layers["private /proc"] == "":
+        assert after.stdout.endswith("\n2\n"), "only the server and the program itself are in the namespace"
+
+
+def leftovers():
+    """What a job could leave on this host: our descendants, temporary entries, descriptors."""
+    mine = str(os.getpid())
+    processes = subprocess.run(["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True).stdout
+    servers = [line for line in processes.splitlines() if "main.py" in line]
+    return (len([line for line in servers if line.split()[1] == mine]),
+            sorted(n for n in os.listdir(tempfile.gettempdir()) if n.startswith("sandbox_")),
+            len(os.listdir("/proc/self/fd")))

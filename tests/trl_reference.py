@@ -70,7 +70,8 @@ def make_trainer(folder, **options):
     flat = itertools.cycle([reward for row in REWARDS for reward in row])
     args = GRPOConfig(output_dir=folder, report_to=[], use_cpu=True, bf16=False,
                       num_generations=GROUP, per_device_train_batch_size=len(REWARDS) * GROUP,
-                      temperature=TEMPERATURE, max_completion_length=MAX_LENGTH, gradient_checkpointing=False, **options)
+                      temperature=TEMPERATURE, max_completion_length=MAX_LENGTH,
+                      gradient_checkpointing=False, **options)
     return GRPOTrainer(model, lambda completions, **_: [next(flat) for _ in completions], args,
                        train_dataset=Dataset.from_dict({"prompt": ["w3 w4"] * len(REWARDS)}),
                        processing_class=tokenizer)

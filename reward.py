@@ -62,7 +62,7 @@ def score_many(pairs, sandbox, *, pay_silence=False) -> list[Reward]:
 
     jobs = [Job(rebuild(task.program, task.masked, lines), task.stdin, trace=True) for _, task, lines in runs]
     passed = []
-    for (i, task, lines), run in zip(runs, sandbox.run_many(jobs)):
+    for (i, task, lines), run in zip(runs, sandbox.run_many(jobs) if jobs else ()):
         if run.status == "lost":
             rewards[i] = Reward(float("nan"), lost=True)
         elif _ends_alike(task, run):
@@ -77,9 +77,9 @@ def score_many(pairs, sandbox, *, pay_silence=False) -> list[Reward]:
 def _gate(passed, sandbox):
     """Keep the rewards whose programs agree on all further runs; yields (index, reward)."""
     further = [(n, *run) for n, (_, task, lines, _) in enumerate(passed) for run in check_programs(task, lines)]
-    results = sandbox.run_many([Job(program, stdin) for _, program, stdin, _, _ in further])
+    jobs = [Job(program, stdin) for _, program, stdin, _, _ in further]
     verdicts = [True] * len(passed)                    # True, False, or None where the sandbox lost a run
-    for (n, _, _, stdout, stderr), run in zip(further, results):
+    for (n, _, _, stdout, stderr), run in zip(further, sandbox.run_many(jobs) if jobs else ()):
         if verdicts[n] and run.status == "lost":
             verdicts[n] = None
         elif run.status != "lost" and (run.stdout, run.stderr) != (stdout, stderr):

@@ -13,10 +13,9 @@ Departures from the official code (each has its reason in the README's table):
     number literals (`variants`), on which a restored line must agree too: printing the shown output isn't enough.
 """
 import ast
-import hashlib
 import random
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from augment import CLASSES, augment_arguments, augment_code, augment_stdin
 from curate import Snippet
@@ -64,24 +63,22 @@ class Task:
 
 @dataclass
 class _Draft:
-    """A task under construction: what will be run, before anything is known of the outcome."""
+    """A task under construction."""
     kind: str
-    code: str                    # the augmented program without its call
-    call: str
-    stdin: str
-    others: list                 # further stdin texts or calls
-    rng: random.Random
-    truth: object = None         # the traced Execution
+    code: str = ""               # the augmented program without its call
+    call: str = ""
+    stdin: str = ""
+    others: tuple = ()           # further stdin texts or calls
+    rng: random.Random = None
+    dropped: str | None = None   # why it makes no task
+    truth: object = None         # the Execution
     masked: tuple = ()
+    checks: tuple = ()
+    variants: tuple = ()
 
     @property
     def program(self):
         return self.code + self.call
-
-
-def synthesize(snippet: Snippet, seed: int, sandbox, **options) -> Task | str:
-    """The one-pair case of `synthesize_many`."""
-    return synthesize_many([(snippet, seed)], sandbox, **options)[0]
 
 
 def synthesize_many(pairs, sandbox, *, kind=None, augment=True, max_masked=1, ask_stderr=True,
@@ -107,44 +104,26 @@ def synthesize_many(pairs, sandbox, *, kind=None, augment=True, max_masked=1, as
     if unknown := classes - set(CLASSES):
         raise ValueError(f"unknown augmentation class {min(unknown)!r}; known: {', '.join(CLASSES)}")
 
-    results = []
+    drafts = []
     for snippet, seed in pairs:
         rng = random.Random(f"task {seed} {snippet.code}")
         wanted = "backward" if rng.random() < backward_share else "forward"
-        results.append(_draft(snippet, kind or wanted, classes, rng))
+        drafts.append(_draft(snippet, kind or wanted, classes, rng))
 
-    drafts = [d for d in results if isinstance(d, _Draft)]
-    runs = [(d.program, d.stdin, d.kind == "backward") for d in drafts]
-    for draft, truth in zip(drafts, _truths(runs, sandbox, timeout)):
-        draft.truth = truth if isinstance(truth, str) else _unusable(truth, ask_stderr, max_output) or truth
-    for i, draft in enumerate(results):
-        if isinstance(draft, _Draft) and isinstance(draft.truth, str):
-            results[i] = draft.truth                       # the reason it is dropped
-
-    backward = [d for d in results if isinstance(d, _Draft) and d.kind == "backward"]
+    live = [d for d in drafts if not d.dropped]
+    runs = [(d.program, d.stdin, d.kind == "backward") for d in live]
+    for draft, run in zip(live, _truths(runs, sandbox, timeout)):
+        draft.truth = run
+        draft.dropped = run if isinstance(run, str) else _unusable(run, ask_stderr, max_output)
+    backward = [d for d in live if d.kind == "backward" and not d.dropped]
     _choose_masked(backward, max_masked, sandbox, timeout)
-    checks = iter(_checks([d for d in backward if d.masked], sandbox, timeout))
-    for i, draft in enumerate(results):
-        if isinstance(draft, str):
-            continue
-        if draft.kind == "backward" and not draft.masked:
-            results[i] = "no line that matters"
-            continue
-        further = next(checks) if draft.kind == "backward" else ((), ())
-        results[i] = _finish(draft, further, ask_stderr)
-    return results
+    _add_checks([d for d in backward if not d.dropped], sandbox, timeout)
+    return [draft.dropped or _finish(draft, ask_stderr) for draft in drafts]
 
 
-def split_families(snippets, share=0.1) -> tuple[list[Snippet], list[Snippet]]:
-    """(training snippets, held-out snippets): a family is a `source`, chosen by a hash of its name.
-
-    The bundled model's warm-up, training and evaluation agree on it at every corpus size. With fewer than ten families
-    nothing is held out.
-    """
-    names = {snippet.source for snippet in snippets}
-    mark = lambda name: int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()[:4], "big")
-    held = {name for name in names if mark(name) < share * 2**32} if len(names) >= 10 else set()
-    return [s for s in snippets if s.source not in held], [s for s in snippets if s.source in held]
+def synthesize(snippet: Snippet, seed: int, sandbox, **options) -> Task | str:
+    """The one-pair case of `synthesize_many`."""
+    return synthesize_many([(snippet, seed)], sandbox, **options)[0]
 
 
 def render_answer(task: Task) -> str:
@@ -207,35 +186,31 @@ def render_call(case) -> str | None:
 
 
 def _draft(snippet, kind, classes, rng):
-    """Choose the case, augment program and input, stitch the call; a str where that can't be done."""
+    """Choose the case, augment program and input, stitch the call."""
     code = snippet.code.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n").rstrip() + "\n"
     if "\0" in code or "```" in code or "<line_" in code:
-        return "not expressible in blocks"
+        return _Draft(kind, dropped="not expressible in blocks")
     code = augment_code(code, rng, classes=classes - {"stdin", "arguments"})
     cases = list(snippet.inputs)
     case = cases.pop(rng.randrange(len(cases))) if cases else {"input": ""}
-    own = _perturbed(case, classes, rng)
     # further inputs for a backward task: the snippet's other cases, then this case redrawn
-    others = [*cases, case, _perturbed(case, CLASSES, rng), _perturbed(case, CLASSES, rng)]
+    further = [*cases, case, *(_perturbed(case, CLASSES, rng) for _ in range(2))]
+    wanted = [_perturbed(case, classes, rng), *(c for c in further if ("func_name" in c) == ("func_name" in case))]
     if "func_name" in case:
-        call, *others = [render_call(c) for c in [own, *others] if "func_name" in c]
-        if call is None:
-            return "arguments without a literal"
-        others = [text for text in dict.fromkeys(others) if text and text != call]
-        return _Draft(kind, code, call, "", others[:3], rng)
-    stdin = own["input"]
-    if "```" in stdin or "\0" in stdin:
-        return "not expressible in blocks"
-    others = [text for text in dict.fromkeys(c["input"] for c in others if "func_name" not in c) if text != stdin]
-    return _Draft(kind, code, "", stdin, others[:3], rng)
+        own, *others = map(render_call, wanted)
+        draft = _Draft(kind, code, call=own or "", dropped=None if own else "arguments without a literal")
+    else:
+        own, *others = (c["input"] for c in wanted)
+        draft = _Draft(kind, code, stdin=own, dropped=None if _fits_blocks(own) else "not expressible in blocks")
+    draft.rng = rng
+    draft.others = [text for text in dict.fromkeys(others) if text is not None and text != own][:3]
+    return draft
 
 
 def _perturbed(case, classes, rng):
     """The case, its input augmented where the classes say so."""
     if "func_name" in case:
-        if "arguments" not in classes:
-            return case
-        return {**case, "input": augment_arguments(case["input"], rng)}
+        return {**case, "input": augment_arguments(case["input"], rng)} if "arguments" in classes else case
     return {"input": augment_stdin(case["input"], rng)} if "stdin" in classes else case
 
 
@@ -245,22 +220,13 @@ def _truths(runs, sandbox, timeout):
     The second run has another hash seed, another folder, and is traced where asked or where the program failed.
     """
     first = sandbox.run_many([Job(program, stdin, timeout=timeout) for program, stdin, _ in runs])
-    truths = [_STATUS.get(run.status, run) for run in first]
+    truths = [run if run.status in ("ok", "error") else run.status for run in first]
     again = [i for i, run in enumerate(truths) if not isinstance(run, str)]
     second = sandbox.run_many([Job(runs[i][0], runs[i][1], timeout=2 * timeout, hash_seed=1,
                                    trace=runs[i][2] or truths[i].exit_code != 0) for i in again])
     for i, run in zip(again, second):
-        if run.status in _STATUS:
-            truths[i] = _STATUS[run.status]
-        elif _outcome(run) != _outcome(truths[i]):
-            truths[i] = "not deterministic"
-        else:
-            truths[i] = run
+        truths[i] = run if _outcome(run) == _outcome(truths[i]) else "not deterministic"
     return truths
-
-
-_STATUS = {"timeout": "time-out", "memory": "memory limit", "output": "output limit", "crash": "crash",
-           "lost": "lost by the sandbox"}
 
 
 def _outcome(run):
@@ -283,8 +249,8 @@ def _unusable(run, ask_stderr, max_output):
     if not _fits_blocks(shown):
         return "not expressible in blocks"
     # a library's frames and warnings hold paths and line numbers of this machine
-    if any(name != "main.py" for name in re.findall(r'File "([^"]*)"|^(\S+\.py):\d+: ', run.stderr, re.M)
-           for name in name if name):
+    named = re.findall(r'File "([^"]*)"', run.stderr) + re.findall(r"^(\S+\.py):\d+: ", run.stderr, re.M)
+    if set(named) - {"main.py"}:
         return "stderr names another file"
     return None
 
@@ -305,7 +271,7 @@ def _choose_masked(drafts, max_masked, sandbox, timeout):
         rows = draft.code.split("\n")
         shown = draft.truth.stdout + draft.truth.stderr
         candidates = [n for n in draft.truth.lines if n < len(rows)          # the stitched call is the last row
-                      and rows[n - 1].strip() and rows[n - 1].strip() not in shown and "```" not in rows[n - 1]]
+                      and rows[n - 1].strip() and rows[n - 1].strip() not in shown]
         draft.rng.shuffle(candidates)
         wanted = draft.rng.randint(1, max_masked)
         trials += [(draft, number, wanted) for number in candidates[:wanted + 2]]
@@ -314,38 +280,38 @@ def _choose_masked(drafts, max_masked, sandbox, timeout):
     for (draft, number, wanted), run in zip(trials, blanked):
         if run.status != "lost" and _outcome(run) != _outcome(draft.truth) and len(draft.masked) < wanted:
             draft.masked = tuple(sorted((*draft.masked, number)))
+    for draft in drafts:
+        draft.dropped = None if draft.masked else "no line that matters"
 
 
-def _checks(drafts, sandbox, timeout):
-    """Per draft ((stdin or call, stdout, stderr), …) for further inputs and the like for further programs."""
-    runs = []                                              # (draft index, where, key, program, stdin)
-    for i, draft in enumerate(drafts):
+def _add_checks(drafts, sandbox, timeout):
+    """Set `checks` from further inputs and, for programs without input, `variants` with other number literals."""
+    runs = []                                              # (draft, input or None, program, stdin)
+    for draft in drafts:
         for text in draft.others:
-            if draft.call:
-                runs.append((i, 0, text, draft.code + text, ""))
-            else:
-                runs.append((i, 0, text, draft.program, text))
+            runs.append((draft, text, *((draft.code + text, "") if draft.call else (draft.program, text))))
         if not draft.call and not draft.stdin:
             rows = draft.code.split("\n")
-            hidden = [rows[number - 1] for number in draft.masked]
             for _ in range(2):
                 other = augment_code(draft.code, draft.rng, classes={"digits"}, probability=0.5)
-                program = rebuild(other, draft.masked, hidden)
-                runs.append((i, 1, program, program, ""))
-    truths = _truths([(program, stdin, False) for *_, program, stdin in runs], sandbox, timeout)
-    found = [({}, {}) for _ in drafts]
-    for (i, where, key, *_), truth in zip(runs, truths):
-        if not isinstance(truth, str) and _outcome(truth) != _outcome(drafts[i].truth):
-            found[i][where][key] = (key, truth.stdout, truth.stderr)
-    return [(tuple(checks.values()), tuple(variants.values())) for checks, variants in found]
+                program = rebuild(other, draft.masked, [rows[number - 1] for number in draft.masked])
+                runs.append((draft, None, program, ""))
+    truths = _truths([(program, stdin, False) for _, _, program, stdin in runs], sandbox, timeout)
+    for (draft, text, program, _), truth in zip(runs, truths):
+        if isinstance(truth, str) or _outcome(truth) == _outcome(draft.truth):
+            continue
+        if text is None:
+            draft.variants += ((program, truth.stdout, truth.stderr),)
+        else:
+            draft.checks += ((text, truth.stdout, truth.stderr),)
 
 
-def _finish(draft, further, ask_stderr):
+def _finish(draft, ask_stderr):
     """The Task of a draft whose truth and hidden lines are known; a str where its prompt would give it away."""
     truth = draft.truth
-    task = Task(draft.kind, "", draft.program, draft.stdin, truth.stdout, truth.stderr, draft.masked, *further,
-                draft.call, truth.ending, truth.exit_code,
-                tuple(n for n in truth.lines or () if n not in draft.masked), ask_stderr)
+    lines = tuple(n for n in truth.lines or () if n not in draft.masked)
+    task = Task(draft.kind, "", draft.program, draft.stdin, truth.stdout, truth.stderr, draft.masked, draft.checks,
+                draft.variants, draft.call, truth.ending, truth.exit_code, lines, ask_stderr)
     names = [f"<line_{i}>" for i in range(1, len(draft.masked) + 1)]
     prompt = PROGRAM.format(program=rebuild(draft.program, draft.masked, names))
     prompt += STDIN.format(stdin=draft.stdin.removesuffix("\n") + "\n") if draft.stdin else NO_INPUT
@@ -353,8 +319,5 @@ def _finish(draft, further, ask_stderr):
         prompt += FORWARD
     else:
         prompt += BACKWARD + block("stdout", truth.stdout) + "\n" + block("stderr", truth.stderr) + "\n" + RESTORE
-    example = {tag: EXAMPLE["line" if tag.startswith("line_") else tag] for tag in task.tags}
-    prompt += "\n".join(block(tag, text) for tag, text in example.items())
-    if render_answer(task) in prompt:
-        return "prompt holds the answer"
-    return Task(**{**task.__dict__, "prompt": prompt})
+    prompt += "\n".join(block(tag, EXAMPLE[tag.split("_")[0]]) for tag in task.tags)
+    return "prompt holds the answer" if render_answer(task) in prompt else replace(task, prompt=prompt)

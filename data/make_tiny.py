@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 import tasks
 from checkpoint import flush, write_text
+from corpus import split_families
 from curate import Snippet, load_snippets
 from model import GPT, Config
 from sandbox import Sandbox
@@ -88,7 +89,7 @@ def random_program(rng: random.Random) -> Snippet:
 
 def make_tasks(path: Path, count: int, share: float, seed: int) -> list[dict]:
     """`count` rows {"prompt", "answer"} in a JSONL file; `share` of them from random programs. Resumes."""
-    snippets, _ = tasks.split_families(load_snippets(Path(__file__).parent / "snippets.jsonl"))
+    snippets, _ = split_families(load_snippets(Path(__file__).parent / "snippets.jsonl"))
     rows = [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
     bar = tqdm(total=count, initial=len(rows), desc="tasks", unit="task")
     drawn = {row["drawn"] for row in rows}

@@ -7,7 +7,8 @@ import pytest
 
 from curate import load_snippets
 from sandbox import Job, Sandbox
-from tasks import render_call, split_families
+from corpus import split_families
+from tasks import render_call
 
 PATH = Path(__file__).parent.parent / "data/snippets.jsonl"
 SNIPPETS = load_snippets(PATH)

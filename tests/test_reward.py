@@ -86,7 +86,7 @@ def test_silence_earns_the_format_alone():
     for task in (clean, error):
         assert score(task, answer("", ""), None).total == pytest.approx(0.1)
     assert score(clean, answer("31\n", ""), None).total == pytest.approx(0.1)
-    assert score(error, answer("", "Traceback\n"), None).total == pytest.approx(0.1 + 0.9 * 0.5 / 3)
+    assert score(error, answer("", "Traceback\n"), None).total == pytest.approx(0.1 + 0.9 * 0.5), "half the traceback"
     [paid] = score_many([(clean, answer("", ""))], None, pay_silence=True)
     assert paid.total == pytest.approx(0.1 + 0.9 / 3), "the official free part, on demand"
 
@@ -116,24 +116,27 @@ def test_any_truth_can_be_matched_and_rewards_stay_in_range(stdout, other):
 SUM = "values = [3, 5, 8]\ntotal = 0\nfor v in values:\n    total += v\nprint('sum', total)\n"
 
 
+@pytest.fixture(scope="module")
+def sum_task(sandbox):
+    return backward(SUM, sandbox, 4)
+
+
 def line(text, tag="line_1"):
     return block(tag, text + "\n")
 
 
-def test_backward_pays_the_line_and_its_equals(sandbox):
-    task = backward(SUM, sandbox, 4)
-    assert score(task, render_answer(task), sandbox).total == 1
-    assert score(task, line("    total = total + v"), sandbox).exact, "another line that does the same"
+def test_backward_pays_the_line_and_its_equals(sandbox, sum_task):
+    assert score(sum_task, render_answer(sum_task), sandbox).total == 1
+    assert score(sum_task, line("    total = total + v"), sandbox).exact, "another line that does the same"
     for wrong in ("    total -= v", "    pass", "total += v", ""):
-        reward = score(task, line(wrong), sandbox)
+        reward = score(sum_task, line(wrong), sandbox)
         assert reward.total == pytest.approx(0.1) and not reward.exact, wrong
 
 
-def test_as_many_lines_as_were_masked(sandbox):
-    task = backward(SUM, sandbox, 4)
+def test_as_many_lines_as_were_masked(sandbox, sum_task):
     for text in ("    total += v\n    total += 0", "    total += v\n\n"):
-        assert score(task, line(text), sandbox).total == pytest.approx(0.1)
-    assert score(task, "```line_2\n    total += v\n```", sandbox).total == 0
+        assert score(sum_task, line(text), sandbox).total == pytest.approx(0.1)
+    assert score(sum_task, "```line_2\n    total += v\n```", sandbox).total == 0
 
 
 CHEATS = [
@@ -166,9 +169,8 @@ CHEATS = [
 
 
 @pytest.mark.parametrize("cheat", CHEATS, ids=range(len(CHEATS)))
-def test_cheats_earn_no_more_than_ignorance(cheat, sandbox):
-    task = backward(SUM, sandbox, 4)
-    assert score(task, line(cheat), sandbox).total <= 0.1 + 1e-9
+def test_cheats_earn_no_more_than_ignorance(cheat, sandbox, sum_task):
+    assert score(sum_task, line(cheat), sandbox).total <= 0.1 + 1e-9
 
 
 def test_hard_coding_the_shown_value_fails_on_other_inputs(sandbox):
@@ -199,25 +201,24 @@ def test_a_lost_run_is_marked_and_never_paid():
 
 # ---- constants ----
 
-def test_constant_answers_line_up_and_earn_next_to_nothing(sandbox):
+def test_constant_answers_line_up_and_earn_next_to_nothing(sandbox, sum_task):
     tasks = [forward(), forward("x\n", "e\n")]
     assert len({len(constant_answers(task)) for task in tasks}) == 1
     for task in tasks:
         assert max(score(task, text, sandbox).total for text in constant_answers(task)) <= 0.1 + 1e-9
-    task = backward(SUM, sandbox, 4)
+    task = sum_task
     assert "    pass" in constant_answers(task)[1], "at the right indentation"
     assert max(score(task, text, sandbox).total for text in constant_answers(task)) <= 0.1 + 1e-9
 
 
-def test_the_prompts_example_earns_nothing(sandbox):
+def test_the_prompts_example_earns_nothing(sandbox, sum_task):
     task = synthesize(Snippet(SUM, [], "s"), 0, sandbox, kind="forward")
     assert score(task, task.prompt, sandbox).total <= 0.1 + 1e-9
-    task = backward(SUM, sandbox, 4)
+    task = sum_task
     assert score(task, task.prompt, sandbox).total <= 0.1 + 1e-9
 
 
-def test_one_batch_scores_as_one_by_one(sandbox):
-    task = backward(SUM, sandbox, 4)
-    pairs = [(task, line(text)) for text in ("    total += v", "    pass")] + [(forward(), answer("30\n", ""))]
+def test_one_batch_scores_as_one_by_one(sandbox, sum_task):
+    pairs = [(sum_task, line(text)) for text in ("    total += v", "    pass")] + [(forward(), answer("30\n", ""))]
     assert score_many(pairs, sandbox) == [score(*pair, sandbox) for pair in pairs]
     assert score_many([], sandbox) == []

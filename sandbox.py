@@ -33,6 +33,8 @@ MAX_STDIN_BYTES = 64 << 20
 GRACE = 10.0            # seconds after a job's time-out before its server itself counts as hung
 ATTEMPTS = 2            # a job whose server died is run again once, then it is lost
 SEEDS_PER_WORKER = 3    # hash seeds whose servers a worker keeps warm
+WAITING = b"waiting\n"  # a server's word that its job uses no processor
+MAX_ASIDE = 32          # jobs that may wait or hang beside those at work
 NEEDED = ("mount namespace", "network namespace", "PID namespace", "private /proc", "no capabilities",
           "no_new_privs", "Landlock", "seccomp", "process limit", "parent-death signal", "subreaper")
 
@@ -109,7 +111,8 @@ class Server:
     """One fork server: its process and the socket to it."""
 
     def __init__(self, hash_seed, memory_mb):
-        self.index = self.attempt = self.deadline = None        # the job it runs now
+        self.index = self.attempt = self.started = self.deadline = None     # of the job it runs now
+        self.waits = self.aside = False     # it uses no processor; it no longer counts as at work
         self.buffer = bytearray()
         self.hash_seed = hash_seed
         boot = tempfile.mkdtemp(prefix="sandbox_boot_")
@@ -158,8 +161,9 @@ class Server:
         parts = [job.code, job.stdin, *(part for item in (job.files or {}).items() for part in item)]
         parts = [part.encode("utf-8", "surrogateescape") for part in parts]
         numbers = [int(timeout * 1000), int(job.trace), *map(len, parts)]
-        self.index, self.attempt = index, attempt
-        self.deadline = time.monotonic() + timeout + GRACE
+        self.index, self.attempt, self.waits, self.aside = index, attempt, False, False
+        self.started = time.monotonic()
+        self.deadline = self.started + 2 * timeout + GRACE              # a traced job may run twice
         self.socket.sendall(" ".join(map(str, numbers)).encode() + b"\n" + b"".join(parts))
 
     def receive(self, trace):
@@ -168,6 +172,9 @@ class Server:
         if not chunk:
             raise OSError("the server closed its socket")
         self.buffer += chunk
+        if self.buffer.startswith(WAITING):
+            self.waits = True
+            del self.buffer[:len(WAITING)]
         head, newline, _ = self.buffer.partition(b"\n")
         if not newline:
             return None
@@ -279,41 +286,68 @@ class Sandbox:
 
 
 class Batch:
-    """One call of run_many."""
+    """One call of run_many. As many jobs are at work at once as there are workers; a job that waits
+    (sleeps, reads) or takes far longer than the others is set aside: it goes on, and another starts."""
 
     def __init__(self, sandbox, jobs):
         self.sandbox, self.jobs = sandbox, jobs
         self.results = [None] * len(jobs)
         self.waiting = [(index, 1) for index in reversed(range(len(jobs)))]
         self.free = list(reversed(sandbox.idle))        # workers without a job: their servers
-        self.selector = selectors.DefaultSelector()
+        self.at_work = 0
+        self.ended, self.ended_seconds = 0, 0.0         # of jobs that ended by themselves
+        self.selector = selectors.DefaultSelector()     # the servers with a job
 
     def run(self):
         try:
             while self.waiting or self.selector.get_map():
-                while self.waiting and self.free:
+                while self.waiting and self.at_work < self.sandbox.workers and self.may_start():
                     self.start(self.free.pop(), *self.waiting.pop())
-                for key, _ in self.selector.select(1.0):
+                for key, _ in self.selector.select(0.05 if self.waiting else 1.0):
                     self.hear(*key.data)
-                now = time.monotonic()
-                for key in list(self.selector.get_map().values()):
-                    if now > key.data[1].deadline:
-                        self.fail(*key.data)
+                self.look_at_clock()
         finally:
             for key in list(self.selector.get_map().values()):      # interrupted: its jobs end with it
                 servers, server = key.data
                 servers.pop(server.hash_seed).close()
             self.selector.close()
+            while len(self.sandbox.idle) > self.sandbox.workers:        # those added for this batch
+                for server in self.sandbox.idle.pop().values():
+                    server.close()
         return self.results
+
+    def may_start(self):
+        """Whether a worker is free, or may be added beside those whose jobs were set aside."""
+        if not self.free and len(self.sandbox.idle) < self.sandbox.workers + MAX_ASIDE:
+            self.sandbox.idle.append({})
+            self.free.append(self.sandbox.idle[-1])
+        return bool(self.free)
 
     def start(self, servers, index, attempt):
         job = self.jobs[index]
         server = self.sandbox.server(servers, job.hash_seed)
         self.selector.register(server.socket, selectors.EVENT_READ, (servers, server))
+        self.at_work += 1
         try:
             server.send(index, job, job.timeout or self.sandbox.timeout, attempt)
         except OSError:
             self.fail(servers, server)
+
+    def set_aside(self, server):
+        if not server.aside:
+            server.aside = True
+            self.at_work -= 1
+
+    def look_at_clock(self):
+        now = time.monotonic()
+        usual = self.ended_seconds / self.ended if self.ended else float("inf")
+        for key in list(self.selector.get_map().values()):
+            servers, server = key.data
+            timeout = self.jobs[server.index].timeout or self.sandbox.timeout
+            if now > server.deadline:
+                self.fail(servers, server)
+            elif now - server.started > min(timeout / 2, max(0.1, 20 * usual)):
+                self.set_aside(server)
 
     def hear(self, servers, server):
         try:
@@ -321,22 +355,25 @@ class Batch:
         except (OSError, ValueError, IndexError):
             return self.fail(servers, server)
         if execution is not None:
-            self.selector.unregister(server.socket)
-            self.free.append(servers)
-            self.settle(server, execution)
+            self.settle(servers, server, execution)
+        elif server.waits:
+            self.set_aside(server)
 
     def fail(self, servers, server):
-        """The server died or hangs: end it, and give its job another chance elsewhere."""
-        self.selector.unregister(server.socket)
+        """The server died or hangs: end it, and give its job another chance."""
         servers.pop(server.hash_seed).close()
-        self.free.append(servers)
-        self.settle(server, lost("the sandbox's server died while it ran this program"))
+        self.settle(servers, server, lost("the sandbox's server died while it ran this program"))
 
-    def settle(self, server, execution):
+    def settle(self, servers, server, execution):
+        self.set_aside(server)
+        self.selector.unregister(server.socket)
+        self.free.append(servers)
         if execution.status == "lost" and server.attempt < ATTEMPTS:
             self.waiting.append((server.index, server.attempt + 1))
-        else:
-            self.results[server.index] = execution
+            return
+        self.results[server.index] = execution
+        if execution.status != "timeout":
+            self.ended, self.ended_seconds = self.ended + 1, self.ended_seconds + execution.seconds
 
 
 def main():

@@ -94,8 +94,17 @@ def main():
     while True:
         numbers = read_numbers(control)
         parts = [read_exactly(control, length) for length in numbers[2:]]
-        if run(jail, control, owner, numbers[0] / 1000, numbers[1], parts):
+        timeout, trace = numbers[0] / 1000, numbers[1]
+        result = run(jail, control, owner, timeout, trace, parts)
+        if result is None:
             return
+        if trace and CHANGES_DEPTH and b"RecursionError" in parts[0] + result[4]:
+            told = result[5]            # the trace function took a level of the stack: its streams are not
+            result = run(jail, control, owner, timeout, 0, parts)       # those of the program alone
+            if result is None:
+                return
+            result = *result[:5], told
+        write_all(control, b"%d %d %d %d %d %d\n" % (*result[:3], *map(len, result[3:])) + b"".join(result[3:]))
 
 
 def serve_in_child(jail):
@@ -125,14 +134,15 @@ def make_folder(jail):
         if folder != jail.folder:
             os.chmod(folder, 0o1777)
     if not os.path.isdir(jail.folder):
-        os.mkdir(jail.folder)
+        os.makedirs(jail.folder)
     os.chmod(jail.folder, 0o700)
     if jail.uid is not None:
         os.chown(jail.folder, jail.uid, jail.uid)
 
 
 def run(jail, control, owner, timeout, trace, parts):
-    """Run one job and send the reply. True only in the job's process, which must now return."""
+    """Run one job: (status, exit code, microseconds, stdout, stderr, trace report). None in the job's
+    own process, which must now return."""
     make_folder(jail)
     pipes = [os.pipe() for _ in range(4)]           # stdin, stdout, stderr, the harness's report
     secret = os.urandom(16)                         # without it nothing on the report pipe counts
@@ -140,7 +150,7 @@ def run(jail, control, owner, timeout, trace, parts):
     pid = os.fork()
     if pid == 0:
         become_program(jail, pipes, timeout, trace, secret, parts)
-        return True
+        return None
     for fd in (pipes[0][0], pipes[1][1], pipes[2][1], pipes[3][1]):
         os.close(fd)
     job = Running(jail, pid, pipes, parts[1])
@@ -157,10 +167,7 @@ def run(jail, control, owner, timeout, trace, parts):
     at = told.find(mark, 1)
     told = told[at + len(mark):] if trace and at > 0 else b""
     place = os.fsencode(jail.folder) + b"/"
-    out, err = out.replace(place, b""), err.replace(place, b"")
-    head = (STATUSES.index(status), code, int(seconds * 1e6), len(out), len(err), len(told))
-    write_all(control, b"%d %d %d %d %d %d\n" % head + out + err + told)
-    return False
+    return STATUSES.index(status), code, int(seconds * 1e6), out.replace(place, b""), err.replace(place, b""), told
 
 
 def natural_status(code, err):
@@ -177,7 +184,7 @@ class Running:
     """A running job seen from the server: its process and its streams."""
 
     def __init__(self, jail, pid, pipes, stdin_data):
-        self.jail, self.pid, self.exit_status = jail, pid, None
+        self.memory_mb, self.pid, self.exit_status = jail.memory_mb, pid, None
         self.stdin, self.stdin_data = pipes[0][1], memoryview(stdin_data)
         self.output = {pipe[0]: b"" for pipe in pipes[1:]}
         for fd in (self.stdin, *self.output):
@@ -215,7 +222,7 @@ class Running:
         if self.stdin is not None:
             poll.register(self.stdin, select.POLLOUT)
         poll.register(control, 0)                           # only that the owner hung up
-        tick = time.monotonic() + TICK
+        tick, told = time.monotonic() + TICK, False
         while self.exit_status is None:
             now = time.monotonic()
             if now >= deadline:
@@ -239,8 +246,11 @@ class Running:
                         return "output"
             if self.process is None or time.monotonic() >= tick:
                 self.reap()
+                if not told and self.exit_status is None and processor_seconds(self.pid) < TICK / 5:
+                    write_all(control, b"waiting\n")        # the owner may run another job meanwhile
+                    told = True
                 tick = time.monotonic() + TICK
-                if unshared_mb(self.jail) > self.jail.memory_mb:
+                if unshared_mb() > self.memory_mb:
                     return "memory"
         return ""
 
@@ -258,19 +268,25 @@ class Running:
         return [data[:OUTPUT_BYTES] for data in self.output.values()]
 
 
-def unshared_mb(jail):
-    """Memory that the job's processes hold and do not share; 0 where no private /proc lists them."""
-    if not jail.active("private /proc"):
-        return 0
-    pages = 0
-    for name in os.listdir("/proc"):
-        if name.isdigit() and name != "1":
-            try:
-                with open(f"/proc/{name}/statm") as file:
-                    fields = file.read().split()
-                pages += int(fields[1]) - int(fields[2])
-            except OSError:
-                pass
+def processor_seconds(pid):
+    try:
+        return time.clock_gettime(~pid << 3 | 2)            # the clock of that process's processor time
+    except OSError:
+        return TICK
+
+
+def unshared_mb():
+    """Memory that the job's processes hold and do not share, in MiB."""
+    pages, waiting = 0, ["thread-self"]
+    while waiting:
+        pid = waiting.pop()
+        waiting += children(pid)
+        try:
+            with open(f"/proc/{pid}/statm") as file:
+                fields = file.read().split()
+            pages += int(fields[1]) - int(fields[2]) if pid != "thread-self" else 0
+        except OSError:
+            pass
     return pages * resource.getpagesize() / (1 << 20)
 
 
@@ -285,7 +301,7 @@ def end_processes(jail, pid, exit_status=None):
             kill(pid)
     while True:
         for child in [-1] if alone else children():
-            kill(child)
+            kill(int(child))
         try:
             ended, status = os.waitpid(-1, 0)
         except ChildProcessError:
@@ -301,10 +317,12 @@ def kill(pid):
         pass
 
 
-def children():
+def children(pid="thread-self"):
+    """The process ids of a process's children, as /proc names them; ours by default."""
+    path = "/proc/thread-self/children" if pid == "thread-self" else f"/proc/{pid}/task/{pid}/children"
     try:
-        with open(f"/proc/self/task/{os.getpid()}/children") as file:
-            return [int(pid) for pid in file.read().split()]
+        with open(path) as file:
+            return file.read().split()
     except OSError:
         return []
 
@@ -399,7 +417,10 @@ def start_trace(report, secret, path):
     def tell():
         if os.getpid() == pid:
             text = " ".join(ending) + "\n" + " ".join(map(str, seen))
-            write_all(report, secret + pid.to_bytes(4, "big") + text.encode())
+            try:
+                write_all(report, secret + pid.to_bytes(4, "big") + text.encode())
+            except OSError:
+                pass                                # the program closed or flooded it: no report
 
     def is_main(code):
         return code.co_filename == path and code.co_name == "<module>"
@@ -428,7 +449,7 @@ def settrace(is_main, collect, codes, seen, ending):
 
     def step(frame, event, arg):
         code = frame.f_code
-        if event == "line":
+        if event == "line" and frame.f_lineno:
             seen.setdefault(frame.f_lineno)
             left = codes[id(code)][1]
             left.discard(frame.f_lineno)
@@ -454,7 +475,8 @@ def monitor(is_main, collect, codes, seen, ending):
         return sys.monitoring.DISABLE
 
     def line(code, number):
-        seen.setdefault(number)
+        if number:
+            seen.setdefault(number)
         return sys.monitoring.DISABLE
 
     def left(code, offset, value):
@@ -467,6 +489,7 @@ def monitor(is_main, collect, codes, seen, ending):
 
 
 RETURN_VALUE = 83               # its opcode in Python 3.11, the only one that asks
+CHANGES_DEPTH = not hasattr(sys, "monitoring")
 
 
 try:

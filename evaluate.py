@@ -38,7 +38,7 @@ from tqdm import tqdm
 from reward import constant_answers, score_many
 from sandbox import Job, Sandbox
 
-TIMEOUT, PLUS_TIMEOUT = 10.0, 300.0    # seconds a program may run; on MBPP+ each call has a limit of its own
+TIMEOUT, PLUS_TIMEOUT = 20.0, 300.0    # seconds a program may run; on MBPP+ each call has a limit of its own
 CHUNK = 64                             # items answered between two writes of --out
 DATA = Path(__file__).parent / "data"
 UNPARSED = (SyntaxError, ValueError, RecursionError, MemoryError)      # what ast.parse raises on a model's text
@@ -160,10 +160,10 @@ def mbpp(row):
 
 def mbpp_plus(row, plus=True):
     """MBPP+: agree with the canonical solution on many inputs."""
-    name = row["entry_point"]
+    name, source = row["entry_point"], (DATA / "mbpp_plus.py").read_text(encoding="utf-8")
     inputs = json.dumps([*row["base_input"], *(row["plus_input"] if plus else ())])     # one row has {} for none
     values = (name, row["canonical_solution"], row["assertion"], inputs, row["atol"])
-    check = f"{(DATA / 'mbpp_plus.py').read_text(encoding='utf-8')}\ncheck({name}, *{values!r})"
+    check = f"exec({source!r}, plus := {{}})\nplus['check']({name}, *{values!r})"          # its names are its own
     return row["task_id"], CODE.format(row["prompt"].strip()), lambda text: f"{extract_code(text, name)}\n\n{check}"
 
 
@@ -194,8 +194,8 @@ def extract_assertion(completion, mode):
 def run_programs(programs, sandbox, timeout=TIMEOUT):
     """Whether each program ends normally after its last line: True or False; None where the sandbox lost it."""
     words = [secrets.token_hex(16) for _ in programs]
-    jobs = [Job(f"{program}\n\n__import__('sys').__stdout__.write('\\n{word}\\n')\n", timeout=timeout)
-            for program, word in zip(programs, words)]
+    ends = [f"\n\n__import__('sys').__stdout__.write('\\n{word}\\n')\n" for word in words]
+    jobs = [Job(program.encode("utf-8", "replace").decode() + end, timeout=timeout) for program, end in zip(programs, ends)]
     return [None if run.status == "lost" else run.status == "ok" and word in run.stdout.split("\n")
             for run, word in zip(sandbox.run_many(jobs), words)]
 

@@ -1,6 +1,6 @@
-"""EvalPlus's check of an MBPP+ answer. evaluate.py appends this text to the candidate; nothing imports it.
+"""EvalPlus's check of an MBPP+ answer. evaluate.py's program executes this text after the candidate's.
 
-It runs in the sandbox, so it sees the candidate as a global name and needs the standard library alone. As in
+It runs in the sandbox, so the standard library must do. As in
 EvalPlus: outputs are compared with the canonical solution's on every input, some as sets or by being None, floats
 within a tolerance, and a call may take four times the canonical solution's time, at least a second.
 Departures: types that JSON lost come back from the row's assertions (EvalPlus: a list of task numbers); tasks 558

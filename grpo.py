@@ -146,9 +146,9 @@ def update(model, optimizer, prompts, completions, advantages, *, lost=None, mas
     skipped and counted. Under torch.distributed each rank passes its own prompts, the same number;
     means are over all ranks and gradients are taken to be averaged over them, as FSDP does.
 
-    -> dict of numbers: loss policy_loss kl entropy clip_fraction ratio grad_norm (before clipping)
-    logprob_gap (mean |trainer's - sampler's| before any update), each None where it has no finite
-    value; tokens (learnt from) updates (made) skipped dropped_groups micro_batches.
+    -> dict of numbers: loss kl entropy clip_fraction ratio grad_norm (before clipping) logprob_gap
+    (mean |trainer's - sampler's| before any update), each None where it has no finite value or, kl,
+    no ref_model; tokens (learnt from) updates (made) skipped dropped_groups micro_batches.
     """
     if kl_coef > 0 and ref_model is None:
         raise ValueError(f"update: kl_coef is {kl_coef} but ref_model is missing; pass the frozen "
@@ -261,9 +261,8 @@ def learn(model, ref_model, batch, old_logprobs, run, mean_over, divisor, loss_o
     count = weight.sum()
     sums["weight"] += count
     sums["loss"] += loss.detach() * share
-    sums["policy_loss"] += metrics.pop("policy_loss") * share
-    for name, value in metrics.items():
-        sums[name] += value * count
+    for name in metrics.keys() - {"policy_loss"}:
+        sums[name] += metrics[name] * count
     sums["entropy"] += (entropy * weight).sum()
     sums["logprob_gap"] += ((old_logprobs - sampled).abs() * weight).sum()
     sums["tokens"] += (weight > 0).sum()
@@ -294,13 +293,13 @@ def over_ranks(values, device, op="SUM"):
 
 def summarize(sums, device):
     """Sums over micro-batches -> the metrics of `update`, the same on every rank."""
-    means = ["loss", "policy_loss", "kl", "entropy", "clip_fraction", "ratio", "logprob_gap"]
+    means = ["loss", "kl", "entropy", "clip_fraction", "ratio", "logprob_gap"]
     counts = ["tokens", "dropped_groups", "micro_batches"]
     names = means + counts + ["weight"]
     totals = dict(zip(names, over_ranks([sums.get(name, 0) for name in names], device)))
     made, skipped = int(sums["updates"]), int(sums["skipped"])
     divisors = dict.fromkeys(means, totals["weight"])
-    divisors.update(loss=sums["divisor"], policy_loss=sums["divisor"], grad_norm=made)
+    divisors.update(loss=sums["divisor"], grad_norm=made)
     totals["grad_norm"] = sums["grad_norm"]
     if "kl" not in sums:        # no reference model: not measured, which is not the same as 0
         totals["kl"] = math.nan

@@ -28,15 +28,12 @@ class TokenLogprobs(torch.autograd.Function):
     def forward(ctx, hidden, weight, targets, temperature):
         ctx.temperature = temperature
         head = weight.to(hidden.dtype)
-        logprobs, entropies, normalizers = [], [], []
+        logprobs, entropies = [], []
         for rows in chunks_of_rows(hidden, weight):
-            logits = chunk_logits(hidden[rows], head, temperature)  # (s, V)
-            normalizer = logits.logsumexp(1)                        # (s,)
-            taken = logits.gather(1, targets[rows].unsqueeze(1)).squeeze(1)
-            logprobs.append(taken - normalizer)
-            entropies.append(normalizer - (logits.softmax(1).mul_(logits)).sum(1))
-            normalizers.append(normalizer)
-        ctx.save_for_backward(hidden, weight, targets, torch.cat(normalizers))
+            logs = chunk_logits(hidden[rows], head, temperature).log_softmax(1)     # (s, V)
+            logprobs.append(logs.gather(1, targets[rows].unsqueeze(1)).squeeze(1))
+            entropies.append(-logs.exp().mul_(logs).sum(1))
+        ctx.save_for_backward(hidden, weight, targets)
         entropy = torch.cat(entropies)
         ctx.mark_non_differentiable(entropy)
         return torch.cat(logprobs), entropy
@@ -44,15 +41,14 @@ class TokenLogprobs(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad, _):
-        hidden, weight, targets, normalizers = ctx.saved_tensors
+        hidden, weight, targets = ctx.saved_tensors
         head = weight.to(hidden.dtype)
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
         for rows in chunks_of_rows(hidden, weight):
-            logits = chunk_logits(hidden[rows], head, ctx.temperature)
-            scale = (grad[rows] / ctx.temperature).unsqueeze(1)     # (s, 1)
-            slope = (logits - normalizers[rows].unsqueeze(1)).exp_().mul_(-scale)
-            slope.scatter_add_(1, targets[rows].unsqueeze(1), scale)
-            slope = slope.to(hidden.dtype)      # d logprob / d logits = onehot - softmax, scaled
+            scale = (grad[rows] / ctx.temperature).unsqueeze(1)                     # (s, 1)
+            slope = chunk_logits(hidden[rows], head, ctx.temperature).softmax(1).mul_(-scale)
+            slope.scatter_add_(1, targets[rows].unsqueeze(1), scale)    # onehot - softmax, scaled
+            slope = slope.to(hidden.dtype)                                          # (s, V)
             grad_hidden[rows] = slope @ head
             grad_weight += slope.T @ hidden[rows]
         return grad_hidden, grad_weight, None, None
@@ -81,7 +77,7 @@ def completion_logprobs(model, prompts, completions, temperature=1.0, checkpoint
     each block in the backward pass. Each prompt runs once; its last position gives the logits of
     the first id. ValueError when R is not a multiple of N or an id is not in the vocabulary.
     """
-    check_rows(model, prompts, completions)
+    check_rows(prompts, completions, model.config.vocab_size, model.real_vocab_size)
     device = model.head_weight.device
     lengths = torch.tensor([len(ids) for ids in completions], dtype=torch.int64)
     width = int(lengths.max()) if completions else 0
@@ -105,19 +101,19 @@ def completion_logprobs(model, prompts, completions, temperature=1.0, checkpoint
     return logprobs, grid.index_copy(0, slots, entropy).view(mask.shape), mask.to(device)
 
 
-def check_rows(model, prompts, completions):
+def check_rows(prompts, completions, vocab_size, real_vocab_size):
     """One clear ValueError for what would fail, or pass unnoticed, further down."""
     if len(completions) % max(len(prompts), 1) or completions and not prompts:
         raise ValueError(f"completion_logprobs: {len(completions)} completions are not a multiple "
                          f"of {len(prompts)} prompts; pass the same number for each prompt")
-    for name, rows in (("prompt", prompts), ("completion", completions)):
-        for number, ids in enumerate(rows):
-            if not ids and name == "prompt":
-                raise ValueError(f"completion_logprobs: prompt {number} is empty; nothing precedes "
-                                 f"its completions: encode at least one token")
-            if ids and not 0 <= min(ids) <= max(ids) < model.real_vocab_size:
-                raise ValueError(f"completion_logprobs: {name} {number} has an id outside the "
-                                 f"vocabulary of {model.real_vocab_size}: {min(ids)} or {max(ids)}")
+    if not all(prompts):
+        raise ValueError("completion_logprobs: a prompt is empty, so nothing precedes its "
+                         "completions; encode at least one token")
+    for rows, limit in ((prompts, vocab_size), (completions, real_vocab_size)):
+        for number in chain(*rows):
+            if not 0 <= number < limit:
+                raise ValueError(f"completion_logprobs: id {number} is outside the vocabulary of "
+                                 f"{limit}; encode with this model's tokenizer")
 
 
 def pack(prompts, completions, device):

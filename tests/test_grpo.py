@@ -324,8 +324,8 @@ def test_gradient_equals_finite_differences(float64, name):
 
 @pytest.mark.parametrize("prompts, completions, message", [
     (PROMPTS, COMPLETIONS[:4], "not a multiple"), ([], [[1]], "not a multiple"),
-    ([[]], [[1]], "prompt 0 is empty"), ([[1]], [[40]], "outside the vocabulary of 40"),
-    ([[-1]], [[1]], "outside the vocabulary")])
+    ([[]], [[1]], "prompt is empty"), ([[1]], [[40]], "id 40 is outside the vocabulary of 40"),
+    ([[-1]], [[1]], "id -1 is outside the vocabulary of 48")])
 def test_bad_rows_are_refused_in_one_line(prompts, completions, message):
     with pytest.raises(ValueError, match=message) as error:
         completion_logprobs(tiny(), prompts, completions)

@@ -1,21 +1,19 @@
 """Text to ids and back, and chats to prompts, exactly as Hugging Face's AutoTokenizer does it.
 
-The ids come from the checkpoint's own tokenizer.json through the `tokenizers` library. Around it
-AutoTokenizer applies a few rules of its own, repeated here because training on other ids than the
-model was made with goes unnoticed: tokens that only tokenizer_config.json names are added,
-truncation and padding are off, and for Qwen's tokenizer class the normaliser and the splitting are
-Qwen's whatever the file says. (For that class it also adds "<|endoftext|>" where a vocabulary has
-none, an id that the model has no row for: left out here.) BOS is the file's affair alone. Chat
-templates are untrusted programs: they run in jinja2's immutable sandbox.
+The ids come from the checkpoint's own tokenizer.json through the `tokenizers` library. Around it AutoTokenizer applies
+rules of its own, repeated here because training on other ids than the model was made with goes unnoticed: tokens that
+only tokenizer_config.json names are added, truncation and padding are off, and for Qwen's tokenizer class the normaliser
+and the splitting are Qwen's whatever the file says. (For that class it also adds "<|endoftext|>" where a vocabulary has
+none, an id that the model has no row for: left out here.) BOS is the file's affair alone. Chat templates are untrusted
+programs: they run in jinja2's immutable sandbox.
 
-Not covered: sentencepiece-only checkpoints (no tokenizer.json), slow Python tokenizers, tools,
-documents and several templates in one checkpoint (the one named "default" is used).
+Not covered: sentencepiece-only checkpoints (no tokenizer.json), slow Python tokenizers, tools, documents and several
+templates in one checkpoint (the one named "default" is used).
 """
 import json
 import re
 from datetime import datetime
-from functools import cached_property
-from pathlib import Path
+from functools import cached_property, partial
 
 import jinja2
 import jinja2.ext
@@ -29,22 +27,13 @@ from weights import read_json, resolve_folder
 QWEN_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
               r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 QWEN_CLASSES = (None, "Qwen2Tokenizer", "Qwen2TokenizerFast")
-SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token",
-                 "mask_token")
-LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 def highest_id(tokenizer_json):
-    """The highest id that a parsed tokenizer.json gives to any token, or -1."""
-    vocab = tokenizer_json.get("model", {}).get("vocab", {})
-    ids = vocab.values() if isinstance(vocab, dict) else range(len(vocab))
-    added = [token["id"] for token in tokenizer_json.get("added_tokens") or []]
-    return max([*ids, *added], default=-1)
-
-
-def as_list(ids):
-    """None, an int or a list of ints -> list of ints (the three spellings of eos_token_id)."""
-    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+    """The highest id that a parsed tokenizer.json gives to any token."""
+    ids = [token["id"] for token in tokenizer_json.get("added_tokens") or []]
+    return max([*tokenizer_json["model"]["vocab"].values(), *ids])
 
 
 def token_text(token):
@@ -55,39 +44,10 @@ def token_text(token):
 class Tokenizer:
     """A checkpoint's tokenizer; see `from_pretrained`.
 
-    eos_ids: every id that ends a completion (generation_config.json, else config.json, else the
-    tokenizer's own EOS). pad_id: an id to fill with, never to be told from content by value.
+    eos_ids: every id that ends a completion (generation_config.json, else config.json, else the tokenizer's own EOS).
+    pad_id: an id to fill with, never to be told from content by value.
     real_vocab_size: highest id + 1; the model's further rows are padding.
     """
-
-    def __init__(self, folder):
-        self.folder = Path(folder)
-        path = self.folder / "tokenizer.json"
-        if not path.exists():
-            raise FileNotFoundError(f"no tokenizer.json in {folder}: only that format is read; "
-                                    "AutoTokenizer's save_pretrained writes it")
-        try:
-            self.backend = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:              # the library raises bare Exception
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"{path} is not a readable tokenizer: {reason}") from None
-        self.settings = read_json(self.folder / "tokenizer_config.json", {})
-        config = read_json(self.folder / "config.json", {})
-        generation = read_json(self.folder / "generation_config.json", {})
-        names = {**read_json(self.folder / "special_tokens_map.json", {}), **self.settings}
-        self.special_tokens = {}                # "eos_token" -> its text
-        for name in SPECIAL_NAMES:
-            token = names.get(name)
-            if token:
-                self.special_tokens[name] = token_text(token)
-        self._follow_auto_tokenizer(config)
-        self.real_vocab_size = max(self.backend.get_vocab(True).values()) + 1
-        self.eos_ids = (as_list(generation.get("eos_token_id"))
-                        or as_list(config.get("eos_token_id"))
-                        or as_list(self._special_id("eos_token")))
-        pads = [self._special_id("pad_token"), generation.get("pad_token_id"),
-                config.get("pad_token_id"), *self.eos_ids, 0]
-        self.pad_id = next(pad for pad in pads if pad is not None)
 
     @classmethod
     def from_pretrained(cls, path_or_hub_id):
@@ -97,13 +57,39 @@ class Tokenizer:
         """
         return cls(resolve_folder(path_or_hub_id))
 
-    def _special_id(self, name):
-        token = self.special_tokens.get(name)
-        return None if token is None else self.backend.token_to_id(token)
+    def __init__(self, folder):
+        path = folder / "tokenizer.json"
+        if not path.exists():
+            raise FileNotFoundError(f"no tokenizer.json in {folder}: only that format is read; AutoTokenizer's "
+                                    "save_pretrained writes it")
+        try:
+            self.backend = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:              # the library raises bare Exception
+            raise ValueError(f"{path} is not a readable tokenizer: {str(error).splitlines()[0]}") from None
+        config, generation, names, settings = (read_json(folder / f"{name}.json", {}) for name in (
+            "config", "generation_config", "special_tokens_map", "tokenizer_config"))
+        names |= settings
+        self.special_tokens = {name: token_text(names[name]) for name in SPECIAL_NAMES if names.get(name)}
+        self._follow_auto_tokenizer(config, settings)
+        self.real_vocab_size = max(self.backend.get_vocab(True).values()) + 1
+        ids = {name: self.backend.token_to_id(text) for name, text in self.special_tokens.items()}
+        eos = [generation.get("eos_token_id"), config.get("eos_token_id"), ids.get("eos_token"), []]
+        eos = next(found for found in eos if found is not None)
+        self.eos_ids = eos if isinstance(eos, list) else [eos]
+        pads = [ids.get("pad_token"), generation.get("pad_token_id"), config.get("pad_token_id"), *self.eos_ids, 0]
+        self.pad_id = next(found for found in pads if found is not None)
+        self.folder, self.chat_template = folder, settings.get("chat_template")
+        if (folder / "chat_template.jinja").exists():
+            self.chat_template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        if isinstance(self.chat_template, list):        # [{"name": "default", "template": ...}, ...]
+            templates = {entry["name"]: entry["template"] for entry in self.chat_template}
+            if "default" not in templates:
+                raise ValueError(f"{folder} has chat templates {sorted(templates)} but none is named default")
+            self.chat_template = templates["default"]
 
-    def _follow_auto_tokenizer(self, config):
+    def _follow_auto_tokenizer(self, config, settings):
         """Apply what AutoTokenizer adds to or replaces in tokenizer.json."""
-        backend, settings = self.backend, self.settings
+        backend = self.backend
         backend.no_truncation()
         backend.no_padding()
         model_type = config.get("model_type")
@@ -115,14 +101,12 @@ class Tokenizer:
                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
         known = {token.content for token in backend.get_added_tokens_decoder().values()}
         entries = settings.get("added_tokens_decoder") or {}        # {"id": {"content": ...}, ...}
-        for key in sorted(entries, key=int):
-            if entries[key]["content"] not in known:
-                flags = {k: v for k, v in entries[key].items() if k != "__type"}
-                backend.add_tokens([AddedToken(**flags)])
-                known.add(flags["content"])
-        extra = (settings.get("extra_special_tokens")
-                 or settings.get("additional_special_tokens") or [])
-        extra = list(extra.values()) if isinstance(extra, dict) else extra
+        for _, entry in sorted(entries.items(), key=lambda item: int(item[0])):
+            if entry["content"] not in known:
+                backend.add_tokens([AddedToken(**{k: v for k, v in entry.items() if k != "__type"})])
+                known.add(entry["content"])
+        extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
+        extra = extra.values() if isinstance(extra, dict) else extra
         for token in [*self.special_tokens.values(), *map(token_text, extra)]:
             if token not in known:
                 backend.add_special_tokens([AddedToken(token, special=True, normalized=False)])
@@ -130,34 +114,16 @@ class Tokenizer:
     def encode(self, text, add_special_tokens=True):
         """str -> list[int], AutoTokenizer's `input_ids`, BOS included where the tokenizer adds one.
 
-        Text that spells a special token becomes that token. Lone surrogates (undecodable bytes
-        in a program's output) become U+FFFD, since no tokenizer takes them.
+        Text that spells a special token becomes that token. Lone surrogates (undecodable bytes in a program's output)
+        become U+FFFD, since no tokenizer takes them.
         """
-        text = LONE_SURROGATE.sub("\ufffd", text)
+        text = re.sub("[\ud800-\udfff]", "\ufffd", text)
         return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids, skip_special_tokens=True):
-        """Ids -> str, nothing stripped. Special tokens (EOS, pad) are left out unless asked for;
-        ids past the vocabulary are left out always."""
+        """Ids -> str, nothing stripped. Special tokens (EOS, pad) are left out unless asked for; ids past the
+        vocabulary are left out always."""
         return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
-
-    @cached_property
-    def chat_template(self):
-        """The source of the chat template, or None: chat_template.jinja, else chat_template.json,
-        else tokenizer_config.json's entry."""
-        path = self.folder / "chat_template.jinja"
-        if path.exists():
-            return path.read_text(encoding="utf-8")
-        template = (read_json(self.folder / "chat_template.json", {}).get("chat_template")
-                    or self.settings.get("chat_template"))
-        if isinstance(template, list):          # [{"name": "default", "template": ...}, ...]
-            template = {entry["name"]: entry["template"] for entry in template}
-        if isinstance(template, dict):
-            if "default" not in template:
-                raise ValueError(f"{self.folder} has chat templates {sorted(template)} but none is "
-                                 "named default")
-            template = template["default"]
-        return template
 
     @cached_property
     def _compiled_template(self):
@@ -166,17 +132,15 @@ class Tokenizer:
     def render_chat(self, messages, add_generation_prompt=True):
         """[{"role": str, "content": str}, ...] -> the text a chat model is prompted with.
 
-        A checkpoint without a template (a base model) gets the contents as plain text, one after
-        the other, each ended by a newline. ValueError with the template's reason if it refuses.
+        A checkpoint without a template (a base model) gets the contents as plain text, one after the other, each ended
+        by a newline. ValueError with the template's reason if it refuses.
         """
-        messages = [{key: value for key, value in message.items() if value is not None}
-                    for message in messages]
+        messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
         if self.chat_template is None:
             return "".join(message["content"] + "\n" for message in messages)
         try:
-            return self._compiled_template.render(
-                messages=messages, tools=None, documents=None,
-                add_generation_prompt=add_generation_prompt, **self.special_tokens)
+            return self._compiled_template.render(messages=messages, tools=None, documents=None,
+                                                  add_generation_prompt=add_generation_prompt, **self.special_tokens)
         except (jinja2.TemplateError, TypeError) as error:
             raise ValueError(f"the chat template of {self.folder} failed: {error}") from None
 
@@ -201,19 +165,13 @@ def compile_template(source):
     def raise_exception(message):
         raise jinja2.TemplateError(message)
 
-    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-        # jinja2's own filter escapes HTML characters, which would change the prompt
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
-                          sort_keys=sort_keys)
-
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True,
-        extensions=[jinja2.ext.loopcontrols, GenerationTag])
-    environment.filters["tojson"] = tojson
+        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, GenerationTag])
+    # jinja2's own filter escapes HTML characters, which would change the prompt
+    environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
     try:
         return environment.from_string(source)
     except jinja2.TemplateSyntaxError as error:
-        raise ValueError(f"the chat template has a syntax error in line {error.lineno}: "
-                         f"{error.message}") from None
+        raise ValueError(f"the chat template has a syntax error in line {error.lineno}: {error.message}") from None

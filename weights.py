@@ -1,8 +1,6 @@
 """Checkpoint folders in Hugging Face layout: find them, read their tensors, write them whole.
 
-Tensors are read and converted piece by piece into memory of their own. (The safetensors library maps the file instead;
-its pages then count as this process's memory beside the converted copy, and a file overwritten in place would change a
-loaded model.) A folder is written beside its target and renamed at the end: a reader finds an old or a new one, whole.
+A folder is written beside its target and renamed at the end, so a reader finds an old or a new one, never half of one.
 
 Not covered: pytorch_model.bin, quantised tensors.
 """
@@ -14,9 +12,9 @@ from pathlib import Path
 
 import huggingface_hub
 import torch
+from safetensors import SafetensorError, safe_open
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-SCRATCH_BYTES = 1 << 25     # tensors are read and converted in pieces of this size
+DTYPES = ("F64", "F32", "F16", "BF16")
 # what a checkpoint folder may hold besides config.json and weights; saved as it was loaded
 SIDE_FILES = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
               "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja")
@@ -71,71 +69,46 @@ def tensor_files(folder):
     return [folder / name for name in sorted(names)]
 
 
-def read_header(path):
-    """{tensor's name: its entry} of a safetensors file.
-
-    Layout: 8 bytes of header length, a JSON header with each tensor's dtype, shape and byte range, then the bytes.
-    To each entry are added the file's path and `begin`, where in it the tensor's bytes start.
-    """
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        start = 8 + int.from_bytes(file.read(8), "little")
-        if start > size:
-            raise ValueError(f"{path} is truncated or no safetensors file ({size} bytes)")
-        try:
-            header = json.loads(file.read(start - 8))
-        except ValueError:
-            raise ValueError(f"{path} is no safetensors file: its header is not JSON") from None
-    header.pop("__metadata__", None)
-    for entry in header.values():
-        begin, end = entry["data_offsets"]
-        if start + end > size:
-            raise ValueError(f"{path} is truncated: {size} bytes of {start + end} or more")
-        entry.update(path=path, begin=start + begin)
-    return header
-
-
-def read_tensor(entry, device, dtype):
-    """The tensor of an entry that `read_header` gave, in a dtype and memory of its own."""
-    tensor = torch.empty(entry["shape"], device=device, dtype=dtype)
-    stored = DTYPES[entry["dtype"]]
-    scratch = torch.empty(SCRATCH_BYTES // stored.itemsize, dtype=stored)
-    with open(entry["path"], "rb") as file:
-        file.seek(entry["begin"])
-        for piece in tensor.view(-1).split(len(scratch)):
-            part = scratch[:len(piece)]
-            file.readinto(part.view(torch.uint8).numpy())
-            piece.copy_(part)
-    return tensor
-
-
 def load_tensors(folder, shapes, device, dtype):
-    """{name: shape} -> {name: tensor}, converted while reading: memory holds one model.
+    """{name: shape} -> {name: tensor}, converted while reading: memory holds one model and one tensor more.
 
     ValueError names tensors that are missing, unexpected, of another shape or an unknown dtype. Old checkpoints' rotary
     tables are skipped; the output layer of a tied model is skipped if it is the embedding.
     """
-    stored = {}
-    for path in tensor_files(folder):
-        stored |= {name: entry for name, entry in read_header(path).items()
-                   if not name.endswith("rotary_emb.inv_freq")}
     head, embedding = "lm_head.weight", "model.embed_tokens.weight"
     wanted = {**shapes, head: shapes[embedding]}
-    problems = [f"{name} is missing" for name in shapes if name not in stored]
-    for name, entry in stored.items():
-        if name not in wanted:
-            problems.append(f"{name} is unexpected")
-        elif entry["shape"] != list(wanted[name]):
-            problems.append(f"{name} is of shape {entry['shape']} instead of {list(wanted[name])}")
-        elif entry["dtype"] not in DTYPES:
-            problems.append(f"{name} has dtype {entry['dtype']} instead of one of {', '.join(DTYPES)}")
+    files, problems = {}, []                # {tensor's name: the file it is in}
+    for path in tensor_files(folder):
+        try:
+            with safe_open(path, "pt") as file:
+                slices = {name: file.get_slice(name) for name in file.keys()}
+        except SafetensorError as error:
+            raise ValueError(f"{path} is truncated or no safetensors file ({error})") from None
+        for name, stored in slices.items():
+            if name.endswith("rotary_emb.inv_freq"):
+                continue
+            files[name] = path
+            if name not in wanted:
+                problems.append(f"{name} is unexpected")
+            elif stored.get_shape() != list(wanted[name]):
+                problems.append(f"{name} is of shape {stored.get_shape()} instead of {list(wanted[name])}")
+            elif stored.get_dtype() not in DTYPES:
+                problems.append(f"{name} has dtype {stored.get_dtype()}; supported are {', '.join(DTYPES)}")
+    problems += [f"{name} is missing" for name in shapes if name not in files]
     if problems:
-        more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
-        raise ValueError(f"the weights in {folder} do not fit its config.json: {'; '.join(problems[:4])}{more}")
-    tensors = {name: read_tensor(entry, device, dtype) for name, entry in stored.items()}
+        raise ValueError(f"the weights in {folder} do not fit its config.json, {len(problems)} problems: "
+                         f"{'; '.join(problems[:4])}")
+    tensors = {name: read_tensor(path, name, device, dtype) for name, path in files.items()}
     if head not in shapes and head in tensors and not torch.equal(tensors.pop(head), tensors[embedding]):
         raise ValueError(f"{folder}: {head} differs from {embedding} although tie_word_embeddings is true")
     return tensors
+
+
+def read_tensor(path, name, device, dtype):
+    """One tensor, in memory of its own: the library maps the file, so one overwritten in place would change a loaded
+    model. Opened anew for each tensor, since what was read of a mapped file counts as this process's memory."""
+    with safe_open(path, "pt") as file:
+        return file.get_tensor(name).to(device, dtype, copy=True)
 
 
 def save_folder(path, config, tensors, side_files, shard_bytes):

@@ -195,9 +195,9 @@ def run_programs(programs, sandbox, timeout=TIMEOUT):
     """Whether each program ends normally after its last line: True or False; None where the sandbox lost it."""
     words = [secrets.token_hex(16) for _ in programs]
     ends = [f"\n\n__import__('sys').__stdout__.write('\\n{word}\\n')\n" for word in words]
-    jobs = [Job(program.encode("utf-8", "replace").decode() + end, timeout=timeout) for program, end in zip(programs, ends)]
+    texts = [program.encode("utf-8", "replace").decode() + end for program, end in zip(programs, ends)]
     return [None if run.status == "lost" else run.status == "ok" and word in run.stdout.split("\n")
-            for run, word in zip(sandbox.run_many(jobs), words)]
+            for run, word in zip(sandbox.run_many([Job(text, timeout=timeout) for text in texts]), words)]
 
 
 def read_rows(path, unfinished=False, **fields):

@@ -29,7 +29,7 @@ ROWS = {
                              "    >>> first([7, 8])\n    7\n    \"\"\"\n",
                    "test": "def check(candidate):\n    assert candidate([1, 2]) == 1\n"}],
     "mbpp": [{"task_id": 1, "text": "Add two numbers.", "code": "def plus(a, b):\r\n  return a + b",
-              "test_setup_code": "", "test_list": ["assert plus(1, 2) == 3", "assert plus(0, 0) == 0"], "challenge_test_list": []}],
+              "test_setup_code": "", "test_list": ["assert plus(1, 2) == 3", "assert plus(0, 0) == 0"]}],
     "mbppplus": [{"task_id": "Mbpp/1", "entry_point": "mid", "atol": 0, "contract": "", "plus_input": [[[4, 4], 1]],
                   "prompt": '"""\nMean and type of a tuple.\nassert mid((1, 2), 1) == (1.5, "tuple")\n"""\n',
                   "canonical_solution": "def mid(xs, n):\n    return (sum(xs) / len(xs) * n, type(xs).__name__)\n",

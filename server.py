@@ -91,6 +91,14 @@ def main():
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(globals()))     # or we'd be a program's first garbage
     gc.collect()
     gc.disable()                # until a program runs: a collection here would only copy pages there
+    gc.freeze()                 # a program's collections pass over all that is ours, but not over
+    for thing in (sys.modules["__main__"], vars(sys.modules["__main__"])):       # what will be its own
+        ctypes.pythonapi.PyObject_GC_UnTrack(ctypes.py_object(thing))
+        ctypes.pythonapi.PyObject_GC_Track(ctypes.py_object(thing))
+    learnt = run(jail, control, owner, 10.0, LEARN, [b"", b""])
+    if learnt is None:
+        return
+    NORMAL_END.append(learnt[5])
     while True:
         numbers = read_numbers(control)
         parts = [read_exactly(control, length) for length in numbers[2:]]
@@ -385,12 +393,67 @@ def become_program(jail, pipes, timeout, trace, secret, parts):
         os.closerange(3, LOW_FDS)
         gc.enable()
         write_all(report, secret)
-        if trace:
+        if trace == TRACE:
             start_trace(report, secret, jail.folder + "/main.py")
+        elif trace == LEARN:
+            atexit.register(lambda: write_all(report, secret + os.getpid().to_bytes(4, "big") + call_stack()))
         else:
             os.close(report)
+            atexit.register(leave)
     except BaseException:
         os._exit(1)
+
+
+def call_stack():
+    """The return addresses on the C stack: from where Python is being ended, seen from atexit."""
+    addresses = (ctypes.c_void_p * 64)()
+    return bytes(addresses)[:8 * backtrace(addresses, 64)] if backtrace else b""
+
+
+def leave():
+    """The last function that atexit calls. Ending an interpreter costs more than most programs: where
+    no one could tell the difference, exit at once; else let it do all it does."""
+    try:
+        code = exit_code()
+        if code is not None and not has_finalizers():
+            sys.stdout.flush()
+            sys.stderr.flush()
+            jails.libc.fflush(None)
+            os._exit(code)
+    except BaseException:
+        pass
+    gc.unfreeze()
+
+
+def exit_code():
+    """The exit code of a program whose end is an ordinary one, else None (SystemExit, a signal, …)."""
+    if call_stack() not in NORMAL_END or _thread._count() or HOOKS != tuple(
+            map(id, (sys.excepthook, sys.stdout, sys.stderr))):
+        return None
+    if "last_type" not in vars(sys):
+        return 0
+    frame = sys.last_traceback.tb_frame             # main.py's own: did it end by this exception?
+    if issubclass(sys.last_type, KeyboardInterrupt) or frame.f_back is not None \
+            or frame.f_code.co_code[frame.f_lasti] in RETURNS:
+        return None
+    return 1
+
+
+def has_finalizers():
+    """Whether some object of the program may act when it is freed."""
+    objects = gc.get_objects()                      # ours are frozen and not among them
+    if len(objects) > 20000:
+        return True                                 # freeing them costs no more than this look
+    known = {}
+    for thing in objects:
+        kind = type(thing)
+        if kind not in known:
+            known[kind] = any("__del__" in vars(base) for base in MRO(kind)) or kind.__name__ == "weakref"
+        if known[kind] and getattr(thing, "__callback__", True) is not None:
+            return True
+        if type in MRO(kind) and any("__del__" in vars(base) for base in MRO(thing)):
+            return True
+    return False
 
 
 def start_trace(report, secret, path):
@@ -415,6 +478,7 @@ def start_trace(report, secret, path):
                 ending.extend(BUILTIN_ERRORS[base] for base in mro if base in BUILTIN_ERRORS)
 
     def tell():
+        gc.unfreeze()
         if os.getpid() == pid:
             text = " ".join(ending) + "\n" + " ".join(map(str, seen))
             try:
@@ -454,7 +518,7 @@ def settrace(is_main, collect, codes, seen, ending):
             left = codes[id(code)][1]
             left.discard(frame.f_lineno)
             frame.f_trace_lines = bool(left)
-        elif event == "return" and code is root[0] and code.co_code[frame.f_lasti] == RETURN_VALUE:
+        elif event == "return" and code is root[0] and code.co_code[frame.f_lasti] in RETURNS:
             ending.clear()
         return step
 
@@ -488,7 +552,12 @@ def monitor(is_main, collect, codes, seen, ending):
     sys.monitoring.set_events(tool, events.PY_START)
 
 
-RETURN_VALUE = 83               # its opcode in Python 3.11, the only one that asks
+TRACE, LEARN = 1, 2             # what to do beside running a program
+NORMAL_END = []                 # the call stack of a normal end
+RETURNS = (83, 121)             # the opcodes RETURN_VALUE and (from Python 3.12 on) RETURN_CONST
+HOOKS = tuple(map(id, (sys.excepthook, sys.stdout, sys.stderr)))     # a reference would keep them open
+MRO = type.__dict__["__mro__"].__get__
+backtrace = getattr(jails.libc, "backtrace", None)
 CHANGES_DEPTH = not hasattr(sys, "monitoring")
 
 

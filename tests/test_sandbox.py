@@ -165,7 +165,7 @@ FAITHFUL = RAISES | {
     "modules": "import sys\nprint(sorted(sys.modules))",
     "hooks": "import sys\nprint(sys.meta_path, sys.path_hooks, sys.gettrace(), sys.getprofile())\n"
              "print(len(sys.path_importer_cache))",
-    "collect": "import gc\nprint(gc.collect(), gc.isenabled(), gc.get_freeze_count())",
+    "collect": "import gc\nprint(gc.collect(), gc.isenabled())",
     "frames": "import sys, traceback, inspect\ntraceback.print_stack()\nprint(sys._getframe().f_back, len(inspect.stack()))",
     "getsource": "import inspect\ndef f(x):\n    return x + 1\nprint(inspect.getsource(f))\n"
                  "import sys\nprint(inspect.getsource(sys.modules['__main__']))",

@@ -268,7 +268,7 @@ def run_benchmark(args):
         [[row["completion"] for row in given[str(item[0])]] for item in chunk] for chunk in chunks)
     timeout = PLUS_TIMEOUT if args.benchmark.startswith("mbppplus") else TIMEOUT
     with Sandbox(memory_mb=4096) as sandbox:           # EvalPlus's memory limit
-        for chunk, texts in zip(tqdm(chunks, desc=args.benchmark, unit=f"{CHUNK} items"), answers):
+        for chunk, texts in zip(tqdm(chunks, desc=args.benchmark, unit=f"{CHUNK} items", delay=0.1), answers):
             pairs = [(item, text) for item, group in zip(chunk, texts) for text in group]
             verdicts = run_programs([item[2](text) for item, text in pairs], sandbox, timeout)
             rows = [{"id": item[0], "completion": text, "passed": passed, "run": run}

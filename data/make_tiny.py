@@ -36,7 +36,7 @@ CHAT = ("{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['con
         "{% if add_generation_prompt %}<|assistant|>\n{% endif %}")
 ARCHITECTURE = {
     "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu", "hidden_size": 192,
-    "intermediate_size": 576, "num_hidden_layers": 6, "num_attention_heads": 6, "num_key_value_heads": 2,
+    "intermediate_size": 576, "num_hidden_layers": 4, "num_attention_heads": 6, "num_key_value_heads": 2,
     "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": True,
     "use_sliding_window": False, "bos_token_id": None, "eos_token_id": 0, "pad_token_id": 3,
 }
@@ -238,10 +238,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "tiny")
     parser.add_argument("--scratch", type=Path, default=Path("runs/make_tiny"), help="tasks and state, to resume")
-    parser.add_argument("--tasks", type=int, default=80_000)
+    parser.add_argument("--tasks", type=int, default=15_000)
     parser.add_argument("--random-share", type=float, default=0.4, help="share of tasks from random programs")
     parser.add_argument("--vocab-size", type=int, default=1024)
-    parser.add_argument("--steps", type=int, default=6_000)
+    parser.add_argument("--steps", type=int, default=3_400)
     parser.add_argument("--batch-tokens", type=int, default=6_144)
     parser.add_argument("--max-tokens", type=int, default=512, help="longer examples are left out")
     parser.add_argument("--prompt-weight", type=float, default=0.1, help="weight of prompt tokens in the loss")

@@ -21,8 +21,8 @@ ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llam
 REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 ROPE_REQUIRED = {"default": (), "linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
 # fields that change the computation, with the only value that is implemented
-FIXED = {"hidden_act": "silu", "mlp_bias": False, "attention_bias": False, "attention_dropout": 0,
-         "partial_rotary_factor": 1, "quantization_config": None}
+FIXED = {"hidden_act": "silu", "mlp_bias": False, "attention_bias": False, "attention_dropout": 0, "layer_types": None,
+         "use_sliding_window": False, "partial_rotary_factor": 1, "quantization_config": None}
 
 
 @dataclass
@@ -53,10 +53,10 @@ class Config:
     def from_dict(cls, raw, source="config.json"):
         """A config.json's object, old or new spelling -> Config. ValueError: what `source` lacks or isn't supported."""
         raw = {name: value for name, value in raw.items() if name not in ("dtype", "torch_dtype")}
-        model_type, architectures = raw.get("model_type"), raw.pop("architectures", None) or ["missing"]
+        model_type = raw.get("model_type")
         if model_type not in ARCHITECTURES:
-            raise ValueError(f"{source}: architecture {architectures[0]} is not supported (model_type {model_type!r}, "
-                             f"supported are {', '.join(ARCHITECTURES)})")
+            name = (raw.get("architectures") or [model_type])[0]
+            raise ValueError(f"{source}: architecture {name} is not supported, only {', '.join(ARCHITECTURES)}")
         if model_type == "qwen2":
             raw.pop("attention_bias", None)     # transformers ignores it: qwen2 always has biases
         # new files keep all of rope in rope_parameters; in old ones the type was once called `type`
@@ -64,16 +64,12 @@ class Config:
         old_type = rope.pop("type", "default")
         rope_type = rope.setdefault("rope_type", old_type)
         raw["rope_theta"] = rope.pop("rope_theta", None) or raw.get("rope_theta") or 10000.0
-        given = {**raw, **rope}
+        other_layers = sorted(set(raw.get("layer_types") or ()) - {"full_attention"})
+        given = {**raw, **rope, "layer_types": other_layers or None}
         problems = [f"{name} {str(given[name])[:60]} is not supported" for name, value in FIXED.items()
                     if given.get(name) not in (None, value)]
         if rope_type not in ROPE_REQUIRED:
             problems.append(f"rope type {rope_type!r} is not supported (supported are {', '.join(ROPE_REQUIRED)})")
-        windowed = raw.get("use_sliding_window") and raw.get("sliding_window") and (
-            raw.get("max_window_layers", 0) < raw.get("num_hidden_layers", 0))
-        layer_types = set(raw.get("layer_types") or ["sliding_window"] * bool(windowed)) - {"full_attention"}
-        if layer_types:
-            problems.append(f"sliding-window attention is not supported (layer types {sorted(layer_types)})")
         missing = [name for name in REQUIRED + ROPE_REQUIRED.get(rope_type, ()) if given.get(name) is None]
         if missing:
             problems.append(f"missing {', '.join(missing)}")
@@ -87,35 +83,25 @@ class Config:
         own = {name: raw.pop(name) for name in cls.__dataclass_fields__ if name in raw}
         return cls(**own, rope_scaling=None if rope_type == "default" else rope, extra=raw)
 
-    def to_dict(self):
-        """The object of a config.json, in the spelling that old and new readers understand."""
-        raw = asdict(self)
-        return {"architectures": [ARCHITECTURES[self.model_type]], **raw.pop("extra"), **raw, "hidden_act": "silu"}
 
-
-def rope_frequencies(config):
-    """(head_dim / 2,) fp32 on the CPU: radians a position turns each pair of dimensions by.
+def rope_angles(config, positions):
+    """Positions of any shape (...) -> cos and sin (..., head_dim / 2), fp32, of the angles that pairs are turned by.
 
     llama3 scaling (Llama 3.1): wavelengths longer than original length / low_freq_factor are stretched by `factor`,
     those shorter than original length / high_freq_factor are kept, between them the two are mixed linearly.
     """
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
-    frequencies = 1.0 / config.rope_theta ** exponents              # (d/2,)
-    scaling = config.rope_scaling
-    if scaling is None:
-        return frequencies
+    frequencies = 1.0 / config.rope_theta ** exponents              # (d/2,) radians a position, on the CPU
+    scaling = config.rope_scaling or {"rope_type": "default"}
     if scaling["rope_type"] == "linear":
-        return frequencies / scaling["factor"]
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    length = scaling.get("original_max_position_embeddings", config.max_position_embeddings)
-    wavelengths = 2 * torch.pi / frequencies
-    keep = ((length / wavelengths - low) / (high - low)).clamp(0, 1)   # share left as it is
-    return (1 - keep) * frequencies / scaling["factor"] + keep * frequencies
-
-
-def rope_angles(config, positions):
-    """Positions of any shape (...) -> cos and sin (..., head_dim / 2), fp32, on their device."""
-    angles = positions.float().unsqueeze(-1) * rope_frequencies(config).to(positions.device)
+        frequencies = frequencies / scaling["factor"]
+    elif scaling["rope_type"] == "llama3":
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        length = scaling.get("original_max_position_embeddings", config.max_position_embeddings)
+        wavelengths = 2 * torch.pi / frequencies
+        keep = ((length / wavelengths - low) / (high - low)).clamp(0, 1)    # share left as it is
+        frequencies = (1 - keep) * frequencies / scaling["factor"] + keep * frequencies
+    angles = positions.float().unsqueeze(-1) * frequencies.to(positions.device)
     return angles.cos(), angles.sin()
 
 
@@ -146,12 +132,7 @@ def causal_attention(layer, q, k, v):
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
 
-class RMSNorm(nn.Module):
-    def __init__(self, size, eps):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
+class RMSNorm(nn.RMSNorm):
     def forward(self, x):
         return rms_norm(x, self.weight, self.eps)
 
@@ -202,8 +183,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """The transformer. `GPT(config, seed)` is fp32 on the CPU with weights N(0, 0.02), biases 0 and norms 1;
-    `seed=None` leaves it on the meta device, to be filled by `from_pretrained`.
+    """The transformer: fp32 on the CPU with weights N(0, 0.02), biases 0, norms 1; with seed=None on the meta device.
 
     real_vocab_size: ids the tokenizer has; sampler and trainer normalise over these rows alone.
     side_files: {name: bytes} of tokenizer and generation config, written back by save_pretrained.
@@ -256,10 +236,7 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path_or_hub_id, device="cpu", dtype=torch.float32):
-        """Load a checkpoint folder or hub id, one tensor at a time.
-
-        ValueError or FileNotFoundError, one line, names what is missing or not supported.
-        """
+        """Load a folder or hub id. ValueError or OSError, one line, names what is missing or not supported."""
         folder = resolve_folder(path_or_hub_id)
         config = Config.from_dict(read_json(folder / "config.json"), folder / "config.json")
         model = cls(config, seed=None)
@@ -271,12 +248,11 @@ class GPT(nn.Module):
         return model
 
     def save_pretrained(self, path, shard_bytes=5_000_000_000):
-        """Write config.json, safetensors (shards of at most shard_bytes) and the side files.
+        """Write config.json, safetensors (shards of at most shard_bytes) and the side files, whole or not at all.
 
-        The folder appears whole or not at all. It replaces an older checkpoint at `path`; a folder that holds anything
-        else is refused with a ValueError.
+        An older checkpoint at `path` is replaced; a folder that holds anything else is refused with a ValueError.
         """
-        tensors = self.state_dict()
-        dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-        config = {**self.config.to_dict(), "dtype": dtype, "torch_dtype": dtype}
-        save_folder(path, config, tensors, self.side_files, shard_bytes)
+        own, dtype = asdict(self.config), str(self.head_weight.dtype).removeprefix("torch.")
+        config = {**own.pop("extra"), **own, "architectures": [ARCHITECTURES[self.config.model_type]],
+                  "hidden_act": "silu", "dtype": dtype, "torch_dtype": dtype}       # old readers know torch_dtype
+        save_folder(path, config, self.state_dict(), self.side_files, shard_bytes)

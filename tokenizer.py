@@ -2,18 +2,16 @@
 
 The ids come from the checkpoint's own tokenizer.json through the `tokenizers` library. Around it AutoTokenizer applies
 rules of its own, repeated here because training on other ids than the model was made with goes unnoticed: tokens that
-only tokenizer_config.json names are added, truncation and padding are off, and for Qwen's tokenizer class the normaliser
-and the splitting are Qwen's whatever the file says. (For that class it also adds "<|endoftext|>" where a vocabulary has
-none, an id that the model has no row for: left out here.) BOS is the file's affair alone. Chat templates are untrusted
-programs: they run in jinja2's immutable sandbox.
+only tokenizer_config.json names are added, truncation and padding are off, and for Qwen's tokenizer class normaliser
+and splitting are Qwen's whatever the file says. (For that class it also adds "<|endoftext|>" where a vocabulary has
+none, an id that the model has no row for: left out here.) BOS is the file's affair alone.
 
-Not covered: sentencepiece-only checkpoints (no tokenizer.json), slow Python tokenizers, tools, documents and several
-templates in one checkpoint (the one named "default" is used).
+Not covered: slow tokenizers (no tokenizer.json), tools, documents, chat templates besides the one named "default".
 """
 import json
 import re
 from datetime import datetime
-from functools import cached_property, partial
+from functools import cache, partial
 
 import jinja2
 import jinja2.ext
@@ -42,19 +40,14 @@ def token_text(token):
 
 
 class Tokenizer:
-    """A checkpoint's tokenizer; see `from_pretrained`.
-
-    eos_ids: every id that ends a completion (generation_config.json, else config.json, else the tokenizer's own EOS).
+    """eos_ids: every id that ends a completion (generation_config.json, else config.json, else the tokenizer's EOS).
     pad_id: an id to fill with, never to be told from content by value.
     real_vocab_size: highest id + 1; the model's further rows are padding.
     """
 
     @classmethod
     def from_pretrained(cls, path_or_hub_id):
-        """Read tokenizer.json and its companions from a folder or a hub id.
-
-        FileNotFoundError or ValueError, one line, where there is none or it cannot be read.
-        """
+        """Read a folder or a hub id. FileNotFoundError or ValueError, one line, where there is none or it is broken."""
         return cls(resolve_folder(path_or_hub_id))
 
     def __init__(self, folder):
@@ -112,35 +105,27 @@ class Tokenizer:
                 backend.add_special_tokens([AddedToken(token, special=True, normalized=False)])
 
     def encode(self, text, add_special_tokens=True):
-        """str -> list[int], AutoTokenizer's `input_ids`, BOS included where the tokenizer adds one.
-
-        Text that spells a special token becomes that token. Lone surrogates (undecodable bytes in a program's output)
-        become U+FFFD, since no tokenizer takes them.
-        """
+        """str -> list[int], AutoTokenizer's `input_ids`, BOS included where the tokenizer adds one."""
+        # lone surrogates are undecodable bytes in a program's output, and no tokenizer takes them
         text = re.sub("[\ud800-\udfff]", "\ufffd", text)
         return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids, skip_special_tokens=True):
-        """Ids -> str, nothing stripped. Special tokens (EOS, pad) are left out unless asked for; ids past the
-        vocabulary are left out always."""
+        """Ids -> str, unstripped. Ids past the vocabulary are left out; special tokens (EOS, pad) unless asked for."""
         return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
-
-    @cached_property
-    def _compiled_template(self):
-        return compile_template(self.chat_template)
 
     def render_chat(self, messages, add_generation_prompt=True):
         """[{"role": str, "content": str}, ...] -> the text a chat model is prompted with.
 
-        A checkpoint without a template (a base model) gets the contents as plain text, one after the other, each ended
-        by a newline. ValueError with the template's reason if it refuses.
+        Without a template (a base model) the contents, each ended by a newline. ValueError if the template refuses.
         """
         messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
         if self.chat_template is None:
             return "".join(message["content"] + "\n" for message in messages)
         try:
-            return self._compiled_template.render(messages=messages, tools=None, documents=None,
-                                                  add_generation_prompt=add_generation_prompt, **self.special_tokens)
+            return compile_template(self.chat_template).render(
+                messages=messages, tools=None, documents=None, add_generation_prompt=add_generation_prompt,
+                **self.special_tokens)
         except (jinja2.TemplateError, TypeError) as error:
             raise ValueError(f"the chat template of {self.folder} failed: {error}") from None
 
@@ -156,12 +141,13 @@ class GenerationTag(jinja2.ext.Extension):
 
     def parse(self, parser):
         line = next(parser.stream).lineno
-        body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
-        return jinja2.nodes.Scope(body, lineno=line)
+        return jinja2.nodes.Scope(parser.parse_statements(["name:endgeneration"], drop_needle=True), lineno=line)
 
 
+@cache
 def compile_template(source):
-    """A jinja2 template with the options, filters and globals that chat templates rely on."""
+    """A jinja2 template with the options, filters and globals that chat templates rely on. Templates are programs that
+    nobody here wrote: they run in jinja2's immutable sandbox."""
     def raise_exception(message):
         raise jinja2.TemplateError(message)
 

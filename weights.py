@@ -23,15 +23,13 @@ SIDE_FILES = ("generation_config.json", "tokenizer.json", "tokenizer_config.json
 def resolve_folder(path_or_hub_id):
     """The local folder of a checkpoint: a path as it is, a hub id through huggingface_hub's cache.
 
-    Whatever exists or looks like a path is never sent to the hub. FileNotFoundError or NotADirectoryError, one line.
+    Whatever exists or looks like a path is never sent to the hub. FileNotFoundError, one line.
     """
     text = str(path_or_hub_id)
     folder = Path(text).expanduser()
     if folder.is_dir():
         return folder
-    if folder.exists():
-        raise NotADirectoryError(f"{text} is a file: name the folder that holds config.json")
-    if isinstance(path_or_hub_id, Path) or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", text):
+    if folder.exists() or isinstance(path_or_hub_id, Path) or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", text):
         raise FileNotFoundError(f"no folder {text!r}: name a checkpoint's folder or a hub id")
     patterns = ["*.json", "*.jinja", "*.txt", "*.safetensors"]
     try:
@@ -98,17 +96,15 @@ def load_tensors(folder, shapes, device, dtype):
     if problems:
         raise ValueError(f"the weights in {folder} do not fit its config.json, {len(problems)} problems: "
                          f"{'; '.join(problems[:4])}")
-    tensors = {name: read_tensor(path, name, device, dtype) for name, path in files.items()}
+    tensors = {}
+    for name, path in files.items():
+        # opened anew each time: what was read of a mapped file counts as this process's memory. Copied, since a file
+        # that is overwritten in place would change the model.
+        with safe_open(path, "pt") as file:
+            tensors[name] = file.get_tensor(name).to(device, dtype, copy=True)
     if head not in shapes and head in tensors and not torch.equal(tensors.pop(head), tensors[embedding]):
         raise ValueError(f"{folder}: {head} differs from {embedding} although tie_word_embeddings is true")
     return tensors
-
-
-def read_tensor(path, name, device, dtype):
-    """One tensor, in memory of its own: the library maps the file, so one overwritten in place would change a loaded
-    model. Opened anew for each tensor, since what was read of a mapped file counts as this process's memory."""
-    with safe_open(path, "pt") as file:
-        return file.get_tensor(name).to(device, dtype, copy=True)
 
 
 def save_folder(path, config, tensors, side_files, shard_bytes):
@@ -134,11 +130,8 @@ def save_folder(path, config, tensors, side_files, shard_bytes):
 
 
 def replace_folder(scratch, folder):
-    """Flush `scratch` and the files in it to disk, rename it to `folder` and remove an older folder of that name.
-
-    The older one steps aside first, since a full folder can't be renamed over. Killed between the two renames, it is
-    left as .NAME.old beside the complete `scratch`.
-    """
+    """Flush `scratch` and the files in it to disk, then rename it to `folder`. An older folder steps aside first, since
+    a full one can't be renamed over: killed in between, it is left as .NAME.old beside the complete `scratch`."""
     for entry in [*scratch.iterdir(), scratch]:
         flush(entry)
     old = folder.with_name(f".{folder.name}.old")
@@ -153,7 +146,5 @@ def replace_folder(scratch, folder):
 def flush(path):
     """fsync a file or a folder."""
     descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    os.fsync(descriptor)
+    os.close(descriptor)

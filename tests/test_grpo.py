@@ -19,7 +19,7 @@ import model as model_module
 from grpo import completion_logprobs, group_advantages, policy_loss, update
 from logprobs import TokenLogprobs
 from model import GPT, Config
-from tests.trl_reference import GROUP, MAX_LENGTH, REWARDS, SHAPE, TEMPERATURE, fill
+from tests.trl_reference import MAX_LENGTH, REWARDS, SHAPE, TEMPERATURE, fill
 from tests.trl_reference import inputs as reference_inputs
 
 REFERENCE = json.loads(Path(__file__).with_name("trl_reference.json").read_text())

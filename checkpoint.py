@@ -11,6 +11,8 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
+from weights import flush, replace_folder
+
 
 def save_checkpoint(folder: Path, model, optimizer, step: int) -> None:
     """Write `folder` atomically, replacing an older one of that name."""
@@ -24,8 +26,6 @@ def save_checkpoint(folder: Path, model, optimizer, step: int) -> None:
             moments[f"{key}.{name}"] = value
     save_file(moments, scratch / "optimizer.safetensors")
     (scratch / "state.json").write_text(json.dumps({"step": step}) + "\n")
-    for path in scratch.iterdir():
-        flush(path)
     replace_folder(scratch, folder)
 
 
@@ -86,17 +86,6 @@ def open_run(run: Path, settings: dict, fingerprint: dict, model, optimizer) -> 
     return step
 
 
-def replace_folder(scratch: Path, folder: Path) -> None:
-    """Rename `scratch` to `folder`; an older folder steps aside first, since a full one can't be renamed over."""
-    old = folder.with_name(folder.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    scratch.rename(folder)
-    flush(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
 def write_text(path: Path, text: str) -> None:
     """Write a file under a temporary name, flush it to disk, rename it."""
     scratch = path.with_name(path.name + ".tmp")
@@ -126,12 +115,3 @@ def cut_rows(path: Path, step: int) -> list[dict]:
     rows = [row for row in read_rows(path) if row["step"] <= step]
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return rows
-
-
-def flush(path: Path) -> None:
-    """fsync a file or a folder."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

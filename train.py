@@ -5,9 +5,8 @@
     python train.py --preset paper --model DIR --snippets data.csv
     python train.py --resume runs/NAME
 
-One step: draw tasks, sample a group of rollouts for each, execute and reward them, update the policy. The loss starts
-near zero and stays there by construction (the ratio is 1 and the advantages of a group sum to 0): watch the reward,
-and above all the exact-answer rate on held-out tasks.
+One step: draw tasks, sample a group of rollouts for each, execute and reward them, update the policy. The loss is near
+zero by construction (the ratio starts at 1 and a group's advantages sum to 0): watch the held-out exact-answer rate.
 """
 import argparse
 import contextlib
@@ -149,7 +148,7 @@ def main():
         finish(settings, run, model, heldout, sandbox, started)
 
 
-# ---- Settings and the run folder ----
+# ---- Settings ----
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
@@ -170,7 +169,7 @@ def read_settings():
     given = vars(parser.parse_args())
     preset, run = given.pop("preset"), given.pop("resume")
     if run:
-        return resume_settings(Path(run), given, preset)
+        return resume_settings(Path(run), given | ({"preset": preset} if preset else {}))
     if preset == "paper" and "snippets" not in given:
         raise ValueError("--preset paper needs --snippets: the paper's corpus isn't bundled, README says where it is")
     settings = Settings(**{**PRESETS.get(preset, {}), **given})
@@ -180,9 +179,9 @@ def read_settings():
     settings.device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
     settings.dtype = settings.dtype or ("bf16" if settings.device.startswith("cuda") else "fp32")
     settings.lr = settings.lr or (BUNDLED_LR if settings.model == Settings.model else PAPER_LR)
-    run = Path(settings.out or HERE / time.strftime("runs/%Y%m%d-%H%M%S"))
-    settings.out = str(run)
+    settings.out = settings.out or str(HERE / time.strftime("runs/%Y%m%d-%H%M%S"))
     check_settings(settings)
+    run = Path(settings.out)
     if run.exists() and (not run.is_dir() or any(run.iterdir())):
         raise ValueError(f"--out {run} exists already: name a new folder, or continue that run with --resume {run}")
     return settings, run, take_fingerprint(settings.model, settings.snippets)
@@ -192,15 +191,13 @@ def check_settings(settings):
     """ValueError for the first value out of its range, with the nearest legal one."""
     least = dict(steps=1, prompts=1, group_size=2, updates=1, max_prompt_tokens=1, max_new_tokens=1, kl_coef=0,
                  clip_low=0, clip_high=0, micro_batch_tokens=1, min_lines=0, max_masked=1, eval_every=1, eval_tasks=0,
-                 save_every=1, keep=1, seed=0)
-    for name, low in least.items():
-        if not getattr(settings, name) >= low:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(settings, name)} must be at least {low}")
-    for name in ("lr", "temperature"):
-        if not 0 < getattr(settings, name) < math.inf:
-            raise ValueError(f"--{name} {getattr(settings, name)} must be above 0")
-    if not 0 < settings.threshold <= 1:
-        raise ValueError(f"--threshold {settings.threshold} must be above 0 and at most 1")
+                 save_every=1, keep=1, seed=0, temperature=1e-3, lr=1e-12, threshold=1e-3)
+    most = dict(threshold=1, clip_low=1)
+    for name, value in vars(settings).items():
+        low, high = least.get(name, -math.inf), most.get(name, math.inf)
+        if isinstance(value, (int, float)) and not (low <= value <= high and abs(value) < math.inf):
+            raise ValueError(f"--{name.replace('_', '-')} {value} must be at least {low}"
+                             + (f" and at most {high}" if name in most else ""))
     if settings.prompts % settings.updates:
         nearest = settings.prompts // settings.updates * settings.updates or settings.updates
         raise ValueError(f"--prompts {settings.prompts} isn't a multiple of --updates {settings.updates}; "
@@ -211,8 +208,8 @@ def check_settings(settings):
         raise ValueError(f"--device {settings.device} isn't available here; use cpu")
 
 
-def resume_settings(run, given, preset):
-    """What `read_settings` returns, of an existing run; a changed setting or corpus is refused by name."""
+def resume_settings(run, given):
+    """What `read_settings` returns, of an existing run; a changed setting, model or corpus is refused by name."""
     try:
         config = json.loads((run / "config.json").read_text(encoding="utf-8"))
         fingerprint = config.pop("fingerprint")
@@ -222,22 +219,28 @@ def resume_settings(run, given, preset):
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{run / 'config.json'} isn't a run's config: {error}") from None
     for name, value in given.items():
-        if name != "steps" and value != getattr(settings, name):
-            raise ValueError(f"--{name.replace('_', '-')} {value} differs from the run's "
-                             f"{getattr(settings, name)}: only --steps may change on resume")
-    if preset:
-        raise ValueError("--preset can't be changed on resume: only --steps may")
-    if given.get("steps", settings.steps) < settings.steps:
-        raise ValueError(f"--steps {given['steps']} is below the run's {settings.steps}: it may only grow")
+        if value != config.get(name) and not (name == "steps" and value > settings.steps):
+            raise ValueError(f"--{name.replace('_', '-')} {value} differs from the run's {config.get(name)}: "
+                             "on resume only --steps may change, and only grow")
     settings.steps = given.get("steps", settings.steps)
     for name, value in take_fingerprint(settings.model, settings.snippets).items():
         if value != fingerprint.get(name):
-            raise ValueError(f"{name} {getattr(settings, name)} has changed since the run began")
+            raise ValueError(f"--{name}: {getattr(settings, name)} has changed since the run began")
     summary = run / "summary.json"
     if summary.exists() and json.loads(summary.read_text())["steps"] >= settings.steps:
         print(f"{run} finished already, after {settings.steps} steps: nothing to do (--steps N continues it)")
         sys.exit(0)
     return settings, run, fingerprint
+
+
+@contextlib.contextmanager
+def one_line_errors():
+    """A user's mistake found during set-up ends in one line on stderr and status 2."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def catch_interrupt():
@@ -251,16 +254,6 @@ def catch_interrupt():
         print("\nCtrl-C: finishing this step and saving; press it again to stop at once")
     signal.signal(signal.SIGINT, handle)
     return stop
-
-
-@contextlib.contextmanager
-def one_line_errors():
-    """A user's mistake found during set-up ends in one line on stderr and status 2."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 # ---- Measuring and reporting ----
@@ -281,14 +274,11 @@ def summarize_step(rewards, rollouts, totals, learned, dropped, clock):
     """A step's row of metrics.jsonl: rates over its rollouts, what the update reported, seconds."""
     kept = [reward for reward in rewards if not reward.lost]
     tokens = sum(len(rollout.ids) for rollout in rollouts)
-    row = {name: mean(float(getattr(reward, name)) for reward in kept)
-           for name in ("total", "format", "stdout", "stderr", "exact")}
-    row = {"reward": row.pop("total"), **row, **learned,
-           "spread": mean(float(group[~group.isnan()].unique().numel() > 1) for group in totals),
-           "length": tokens / len(rollouts), "truncated": mean(float(not r.finished) for r in rollouts),
-           "lost": len(rewards) - len(kept), "dropped_tasks": dict(sorted(dropped.items()))}
-    row = {name: None if isinstance(value, float) and not math.isfinite(value) else value
-           for name, value in row.items()}
+    row = {name: mean(float(getattr(reward, part)) for reward in kept)
+           for name, part in (("reward", "total"), *((part, part) for part in ("format", "stdout", "stderr", "exact")))}
+    row |= {**learned, "spread": mean(float(group[~group.isnan()].unique().numel() > 1) for group in totals),
+            "length": tokens / len(rollouts), "truncated": mean(float(not r.finished) for r in rollouts),
+            "lost": len(rewards) - len(kept), "dropped_tasks": dict(sorted(dropped.items()))}
     for name, start, end in zip(("tasks", "generate", "reward", "update"), clock, clock[1:]):
         row[f"seconds_{name}"] = round(end - start, 3)
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else \
@@ -299,12 +289,12 @@ def summarize_step(rewards, rollouts, totals, learned, dropped, clock):
 def sample_rows(step, tasks, texts, rewards, group_size):
     """The first two rollouts of each of a step's first two tasks, with what each part of the reward was."""
     rows = []
-    for n, task in enumerate(tasks[:2]):
-        for g in range(2):
-            r = n * group_size + g
-            parts = {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in vars(rewards[r]).items()}
-            rows.append({"step": step, "kind": task.kind, "prompt": task.prompt, "completion": texts[r],
-                         "answer": render_answer(task), "reward": parts.pop("total"), **parts})
+    for r in (0, 1, group_size, group_size + 1)[:2 * len(tasks)]:
+        task, parts = tasks[r // group_size], vars(rewards[r]).copy()
+        parts["reward"] = None if rewards[r].lost else parts["total"]
+        del parts["total"]
+        rows.append({"step": step, "kind": task.kind, "prompt": task.prompt, "completion": texts[r],
+                     "answer": render_answer(task), **parts})
     return rows
 
 
@@ -346,7 +336,7 @@ def finish(settings, run, model, heldout, sandbox, started):
                     f"heldout_{name}_change_low": low, f"heldout_{name}_change_high": high}
     for moment, part in (("before", before), ("after", after)):
         summary[f"greedy_exact_{moment}"] = mean(row["greedy_exact"] for row in part)
-    print(f"\n{'held-out tasks':24} {'count':>5}  exact at T = 1     greedy exact      reward")
+    print(f"\n{'held-out tasks':24} {'count':>5}  exact at T = 1    greedy exact      reward")
     groups = {"all": lambda row: True, "new variants": lambda row: row["set"] == "variants",
               "unseen families": lambda row: row["set"] == "families", "forward": lambda row: row["kind"] == "forward",
               "backward": lambda row: row["kind"] == "backward", "error": lambda row: row["kind"] == "error"}
@@ -354,7 +344,7 @@ def finish(settings, run, model, heldout, sandbox, started):
         pair = [list(filter(belongs, part)) for part in (before, after)]
         cells = [" -> ".join(show(mean(row[name] for row in part)) for part in pair)
                  for name in ("exact", "greedy_exact", "reward")]
-        print(f"{title:24} {len(pair[0]):5}  {cells[0]:18} {cells[1]:17} {cells[2]}")
+        print(f"{title:24} {len(pair[0]):5}  {cells[0]:17} {cells[1]:17} {cells[2]}")
     print(f"best constant answer: reward {show(constant)}")
     write_text(run / "summary.json", json.dumps(summary, indent=2) + "\n")
     try:

@@ -122,9 +122,7 @@ def apply_rope(x, cos, sin):
 
 def rms_norm(x, weight, eps):
     """x (..., D) over its root mean square, times weight (D,): fp32 inside, as transformers."""
-    wide = x.float()
-    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    return weight * wide.to(x.dtype)
+    return weight * F.rms_norm(x.float(), x.shape[-1:], eps=eps).to(x.dtype)
 
 
 def causal_attention(layer, q, k, v):
@@ -183,7 +181,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """The transformer: fp32 on the CPU with weights N(0, 0.02), biases 0, norms 1; with seed=None on the meta device.
+    """The transformer: fp32 on the CPU, weights N(0, 0.02), biases 0, norms 1; seed=None: on the meta device, unfilled.
 
     real_vocab_size: ids the tokenizer has; sampler and trainer normalise over these rows alone.
     side_files: {name: bytes} of tokenizer and generation config, written back by save_pretrained.

@@ -6,7 +6,7 @@ only tokenizer_config.json names are added, truncation and padding are off, and 
 and splitting are Qwen's whatever the file says. (For that class it also adds "<|endoftext|>" where a vocabulary has
 none, an id that the model has no row for: left out here.) BOS is the file's affair alone.
 
-Not covered: slow tokenizers (no tokenizer.json), tools, documents, chat templates besides the one named "default".
+Not covered: slow tokenizers (no tokenizer.json), tools, documents, several chat templates.
 """
 import json
 import re
@@ -29,9 +29,10 @@ SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token"
 
 
 def highest_id(tokenizer_json):
-    """The highest id that a parsed tokenizer.json gives to any token."""
-    ids = [token["id"] for token in tokenizer_json.get("added_tokens") or []]
-    return max([*tokenizer_json["model"]["vocab"].values(), *ids])
+    """The highest id that a parsed tokenizer.json gives to any token, or -1."""
+    vocab = tokenizer_json.get("model", {}).get("vocab", {})
+    ids = vocab.values() if isinstance(vocab, dict) else range(len(vocab))
+    return max([*ids, *(token["id"] for token in tokenizer_json.get("added_tokens") or [])], default=-1)
 
 
 def token_text(token):
@@ -40,9 +41,10 @@ def token_text(token):
 
 
 class Tokenizer:
-    """eos_ids: every id that ends a completion (generation_config.json, else config.json, else the tokenizer's EOS).
+    """A checkpoint's tokenizer.
+
+    eos_ids: every id that ends a completion (generation_config.json, else config.json, else the tokenizer's EOS).
     pad_id: an id to fill with, never to be told from content by value.
-    real_vocab_size: highest id + 1; the model's further rows are padding.
     """
 
     @classmethod
@@ -53,8 +55,7 @@ class Tokenizer:
     def __init__(self, folder):
         path = folder / "tokenizer.json"
         if not path.exists():
-            raise FileNotFoundError(f"no tokenizer.json in {folder}: only that format is read; AutoTokenizer's "
-                                    "save_pretrained writes it")
+            raise FileNotFoundError(f"no tokenizer.json in {folder}: AutoTokenizer's save_pretrained writes one")
         try:
             self.backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:              # the library raises bare Exception
@@ -64,7 +65,6 @@ class Tokenizer:
         names |= settings
         self.special_tokens = {name: token_text(names[name]) for name in SPECIAL_NAMES if names.get(name)}
         self._follow_auto_tokenizer(config, settings)
-        self.real_vocab_size = max(self.backend.get_vocab(True).values()) + 1
         ids = {name: self.backend.token_to_id(text) for name, text in self.special_tokens.items()}
         eos = [generation.get("eos_token_id"), config.get("eos_token_id"), ids.get("eos_token"), []]
         eos = next(found for found in eos if found is not None)
@@ -74,11 +74,6 @@ class Tokenizer:
         self.folder, self.chat_template = folder, settings.get("chat_template")
         if (folder / "chat_template.jinja").exists():
             self.chat_template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-        if isinstance(self.chat_template, list):        # [{"name": "default", "template": ...}, ...]
-            templates = {entry["name"]: entry["template"] for entry in self.chat_template}
-            if "default" not in templates:
-                raise ValueError(f"{folder} has chat templates {sorted(templates)} but none is named default")
-            self.chat_template = templates["default"]
 
     def _follow_auto_tokenizer(self, config, settings):
         """Apply what AutoTokenizer adds to or replaces in tokenizer.json."""

@@ -117,8 +117,7 @@ def save_folder(path, config, tensors, side_files, shard_bytes):
     known = {"config.json", "model.safetensors.index.json", *SIDE_FILES}
     for entry in path.iterdir() if path.exists() else ():
         if entry.name not in known and entry.suffix != ".safetensors":
-            raise ValueError(f"{path} holds {entry.name}, which is no part of a checkpoint: save the model in a folder "
-                             "of its own")
+            raise ValueError(f"{path} holds {entry.name}, no part of a checkpoint: save in a folder of its own")
     scratch = path.with_name(f".{path.name}.partial")
     shutil.rmtree(scratch, ignore_errors=True)      # left by a killed run
     scratch.mkdir(parents=True)

@@ -91,8 +91,7 @@ class Decoder:
         self.device = model.model["embed_tokens"].weight.device
         self.static = self.device.type == "cuda"        # shapes that a graph can be captured with
         self.cache_dtype = dtype if self.static else torch.float32
-        # prompts prefilled together; alone on the CPU, so that its bits don't depend on others
-        self.prefill_tokens = 8192 if self.static else 1
+        self.prefill_tokens = 8192 if self.static else 2048     # in one pass, or one prompt
         self.weights = {}
         for name, parts in fused_parameters(model).items():
             rows = sum(len(part) for part in parts)
@@ -128,27 +127,37 @@ class Decoder:
         return logits
 
     def prefill(self, wave, prompts):
-        """Fill the prompts' caches -> (N, D): last hidden states."""
-        hidden, step = [], max(1, self.prefill_tokens // max(map(len, prompts)))
+        """Fill the prompts' caches -> (N, D) last hidden states, some prompts in each pass."""
+        hidden, slots, tokens = [], [], 0
         wave.prompt_bias.fill_(-math.inf)
-        for i in range(0, len(prompts), step):
-            part = prompts[i:i + step]
-            width = max(len(prompt) for prompt in part)
-            ids = torch.tensor([list(prompt) + [0] * (width - len(prompt)) for prompt in part])
-            x = F.embedding(ids.to(self.device), self.weights["embed"])     # (n, width, D)
-            for layer in self.layers:       # padding is on the right, so causality hides it
-                q, k, v = self.qkv(layer, x, wave.cos[:width], wave.sin[:width])
-                here = layer["index"], slice(i, i + len(part))
-                wave.prompt_keys[here][..., :width] = k.permute(0, 2, 3, 1)
-                wave.prompt_values[here][:, :, :width] = v.transpose(1, 2)
-                q, k, v = (t.to(self.dtype).transpose(1, 2) for t in (q, k, v))
+        for slot, prompt in enumerate(prompts):
+            if slots and tokens + len(prompt) > self.prefill_tokens:
+                hidden.append(self.prefill_pass(wave, prompts, slots))
+                slots, tokens = [], 0
+            slots.append(slot)
+            tokens += len(prompt)
+        return torch.cat((*hidden, self.prefill_pass(wave, prompts, slots)))
+
+    def prefill_pass(self, wave, prompts, slots):
+        """The prompts of these slots behind one another, without padding -> (n, D)."""
+        lengths = [len(prompts[slot]) for slot in slots]
+        ids = torch.tensor([token for slot in slots for token in prompts[slot]])
+        at = torch.cat([torch.arange(length) for length in lengths]).to(self.device)
+        cos, sin = wave.cos[at], wave.sin[at]
+        x = F.embedding(ids.to(self.device), self.weights["embed"])         # (M, D)
+        for layer in self.layers:
+            outs, parts = [], (t.split(lengths) for t in self.qkv(layer, x, cos, sin))
+            for slot, q, k, v in zip(slots, *parts):                        # (length, heads, d)
+                wave.prompt_keys[layer["index"], slot, ..., :len(k)] = k.permute(1, 2, 0)
+                wave.prompt_values[layer["index"], slot, :, :len(v)] = v.transpose(0, 1)
+                q, k, v = (t.to(self.dtype).transpose(0, 1).unsqueeze(0) for t in (q, k, v))
                 out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0,
-                                                     enable_gqa=True)       # (n, H, width, d)
-                x = self.finish_layer(layer, x, out.transpose(1, 2).flatten(2))
-            for j, prompt in enumerate(part):
-                wave.prompt_bias[i + j, ..., :len(prompt)] = 0
-                hidden.append(x[j, len(prompt) - 1])
-        return torch.stack(hidden)
+                                                     enable_gqa=True)       # (1, H, length, d)
+                outs.append(out[0].transpose(0, 1).flatten(1))
+            x = self.finish_layer(layer, x, torch.cat(outs))
+        for slot, length in zip(slots, lengths):
+            wave.prompt_bias[slot, ..., :length] = 0
+        return x[torch.tensor(lengths, device=self.device).cumsum(0) - 1]
 
     def step(self, wave, length):
         """Feed token `column` of every row -> (rows, D). `length` >= column + 1 slots are looked

@@ -89,12 +89,13 @@ class Sampler:
     def _rows_at_a_time(self, request, max_batch):
         """Rows of a wave: even waves of whole groups if possible. ValueError if memory is short."""
         decoder, c, group = self.decoder, self.decoder.config, request.group_size
-        rows, longest = len(request.row_ids), max(map(len, request.prompts))
+        lengths = [len(prompt) for prompt in request.prompts]
+        rows, longest = len(request.row_ids), max(lengths)
         token = (2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim
                  * decoder.cache_dtype.itemsize)        # bytes of cache
         row = request.max_new_tokens * (token + 20) + 20 * len(decoder.head)    # 20: ids, logits …
         prefill = (4 * (6 * c.hidden_size + 3 * c.intermediate_size)
-                   * max(longest, decoder.prefill_tokens))
+                   * max(longest, min(sum(lengths), decoder.prefill_tokens)))
         free = free_memory(decoder.device)
 
         def need(size):

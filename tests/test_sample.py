@@ -47,7 +47,7 @@ def tiny(model_type="qwen2", real_vocab_size=127, seed=1, **settings):
 
 def static(sampler):
     """The code that runs on a GPU, fixed shapes and masks and all, without the graphs."""
-    sampler.decoder.static, sampler.decoder.prefill_tokens = True, 100
+    sampler.decoder.static, sampler.decoder.prefill_tokens = True, 50
     return sampler
 
 

@@ -3,17 +3,17 @@
     with Sandbox() as sandbox:
         execution = sandbox.run("print(input())", stdin="hello\\n")
 
-CodeBoost (arXiv 2508.05242) executes every snippet and every completion through bash, in the training
-user's own files, environment and network. Here a few fork servers (server.py) each run one job at a
-time, jailed (jail.py): a job costs a fork, not an interpreter start, and nothing outlives it. Servers
-start when there is work for them and die with their owner, however it dies.
+CodeBoost (arXiv 2508.05242) executes every snippet and completion through bash, in the training user's own files,
+environment and network. Here fork servers (server.py) run one job at a time each, jailed (jail.py): a job costs a fork,
+not an interpreter's start, and nothing outlives it. Servers start when there is work and die with their owner.
 
-Covered: the program's view of files, network, processes and environment; its wall time, CPU, memory,
-processes, files and output; forged results; whatever it leaves behind. Not covered: bugs of the
-kernel; side channels (timing, caches); locks on the interpreter's own files, which two jobs may both
-read; what an earlier job's bytes leave in a server's freed memory; on a host without a layer (see
-`python sandbox.py --report`) what that layer would have stopped. A traced program that rewrites its
-own interpreter through ctypes could forge its trace, though not its output or exit code.
+Covered: what a program sees of files, network, processes, environment; its wall and processor time, memory, processes,
+files and output; forged results; whatever it leaves behind. Not covered: bugs of the kernel; side channels (timing,
+caches); locks on the interpreter's own files, which two jobs may both read; an earlier job's bytes in a server's freed
+memory; where `python sandbox.py --report` names a layer as missing, what it would have stopped (without a mount
+namespace: no size limit on the folder as a whole, no /dev/shm). A traced program that rewrites its interpreter's memory
+could forge its trace, though not its output or exit code. On Python 3.11 tracing takes a level of the stack, so a
+program that catches RecursionError without naming it may differ by one level; one that names it is run again without.
 """
 import argparse
 import os
@@ -33,10 +33,8 @@ MAX_STDIN_BYTES = 64 << 20
 GRACE = 10.0            # seconds after a job's time-out before its server itself counts as hung
 ATTEMPTS = 2            # a job whose server died is run again once, then it is lost
 SEEDS_PER_WORKER = 3    # hash seeds whose servers a worker keeps warm
-WAITING = b"waiting\n"  # a server's word that its job uses no processor
 MAX_ASIDE = 32          # jobs that may wait or hang beside those at work
-NEEDED = ("mount namespace", "network namespace", "PID namespace", "private /proc", "no capabilities",
-          "no_new_privs", "Landlock", "seccomp", "process limit", "parent-death signal", "subreaper")
+WAITING = b"waiting\n"  # a server's word that its job uses no processor
 
 
 @dataclass
@@ -58,14 +56,10 @@ class Execution:
     exit_code: int                  # subprocess's: -n for signal n
     status: str                     # ok error timeout memory output crash lost
     seconds: float                  # wall clock, from the fork to the end
-    ending: str | None = None       # traced: the exception's type; None a normal end; "os._exit" where the
-    #                                 program left without returning; "killed" by a signal or a limit
+    ending: str | None = None       # traced: the exception's type; None: a normal end; "os._exit": it left without
+    #                                 returning to Python; "killed": by a signal or a limit
     ending_bases: tuple = ()        # traced: the builtin exception types among its bases, itself included
     lines: list | None = None       # traced: line numbers of main.py in order of first visit
-
-
-def lost(reason):
-    return Execution("", reason, -9, "lost", 0.0)
 
 
 def check_job(job):
@@ -74,8 +68,8 @@ def check_job(job):
         if not isinstance(job, tuple) or len(job) != 2:
             raise TypeError(f"a job is a Job or a (code, stdin) pair, not {type(job).__name__}")
         job = Job(*job)
-    for name, text, limit in (("code", job.code, MAX_PROGRAM_BYTES), ("stdin", job.stdin, MAX_STDIN_BYTES)):
-        check_text(f"Job.{name}", text, limit)
+    check_text("Job.code", job.code, MAX_PROGRAM_BYTES)
+    check_text("Job.stdin", job.stdin, MAX_STDIN_BYTES)
     if "\0" in job.code:
         raise ValueError("Job.code holds a NUL byte, which no Python program may: drop the program")
     if not isinstance(job.hash_seed, int) or not 0 <= job.hash_seed < 2 ** 32:
@@ -85,8 +79,7 @@ def check_job(job):
     for name, text in (job.files or {}).items():
         check_text("a name in Job.files", name, 1024)
         check_text(f"Job.files[{name!r}]", text, MAX_PROGRAM_BYTES)
-        parts = name.split("/")
-        if not name or name.startswith("/") or ".." in parts or "\0" in name or name == "main.py":
+        if name in ("", "main.py") or name.startswith("/") or ".." in name.split("/") or "\0" in name:
             raise ValueError(f"Job.files name {name!r} must be relative, without '..', and not main.py")
     return job
 
@@ -120,11 +113,11 @@ class Server:
         self.socket, theirs = socket.socketpair()
         try:
             here = os.path.dirname(os.path.abspath(__file__))
-            shutil.copyfile(os.path.join(here, "server.py"), os.path.join(boot, "sitecustomize.py"))
-            shutil.copyfile(os.path.join(here, "jail.py"), os.path.join(boot, "jail.py"))
+            for name, copy in (("server", "sitecustomize"), ("harness", "harness"), ("jail", "jail")):
+                shutil.copyfile(os.path.join(here, f"{name}.py"), os.path.join(boot, f"{copy}.py"))
             environment = {
-                "PATH": "/usr/local/bin:/usr/bin:/bin", "LANG": "C.UTF-8", "HOME": folder,
-                "PYTHONHASHSEED": str(hash_seed), "PYTHONPATH": boot, "OPENBLAS_NUM_THREADS": "1",
+                "PATH": "/usr/local/bin:/usr/bin:/bin", "LANG": "C.UTF-8", "HOME": folder, "PYTHONPATH": boot,
+                "PYTHONHASHSEED": str(hash_seed), "OPENBLAS_NUM_THREADS": "1",      # its threads' memory counts, too
                 "SANDBOX_CONTROL": str(theirs.fileno()), "SANDBOX_MEMORY_MB": str(memory_mb)}
             self.process = subprocess.Popen(
                 [sys.executable, "main.py"], cwd=folder, env=environment, pass_fds=[theirs.fileno()],
@@ -146,15 +139,11 @@ class Server:
     def greeting(self):
         """The server's first message: each layer of the jail and why it is missing, or ""."""
         self.socket.settimeout(60)
-        head = text = b""
-        while not head.endswith(b"\n"):
-            byte = self.socket.recv(1)
-            if not byte:
-                said = self.process.stderr.read().decode("utf-8", "replace").strip()
-                raise RuntimeError(f"the sandbox's server did not start: {said or 'it said nothing'}")
-            head += byte
-        while len(text) < int(head):
-            text += self.socket.recv(int(head) - len(text))
+        with self.socket.makefile("rb") as stream:
+            text = stream.read(int(stream.readline() or 0))
+        if not text:
+            said = self.process.stderr.read().decode("utf-8", "replace").strip()
+            raise RuntimeError(f"the sandbox's server did not start: {said or 'it said nothing'}")
         return dict(line.split("\t") for line in text.decode().split("\n"))
 
     def send(self, index, job, timeout, attempt):
@@ -187,51 +176,47 @@ class Server:
             at += length
         self.buffer.clear()
         execution = Execution(texts[0], texts[1], code, STATUSES[status], micros / 1e6)
-        if trace:
-            read_trace(execution, texts[2])
-        return execution
+        return read_trace(execution, texts[2]) if trace else execution
 
     def close(self):
         self.socket.close()
         if self.process is not None:
             self.process.kill()
-            self.process.wait()
-            for pipe in (self.process.stdout, self.process.stderr):
-                pipe.close()
+            with self.process:          # waits, closes its pipes
+                pass
 
 
 def read_trace(execution, report):
-    ending, newline, lines = report.partition("\n")
-    names = ending.split()
+    """Fill in what the harness reported; without a report, control never came back from the program."""
+    names, newline, lines = report.partition("\n")
+    if not newline:
+        names = "os._exit" if execution.status in ("ok", "error") else "killed"
+    execution.ending, *bases = names.split() or [None]
+    execution.ending_bases = tuple(bases)
     execution.lines = [int(number) for number in lines.split()]
-    if newline:
-        execution.ending, execution.ending_bases = (names[0], tuple(names[1:])) if names else (None, ())
-    else:
-        gone = execution.status in ("ok", "error")
-        execution.ending = "os._exit" if gone else "killed"
+    return execution
 
 
 class Sandbox:
     """A pool of fork servers. Calls from several threads take turns.
 
-    workers: servers at work at once, by default one per core; timeout: seconds of wall clock a job;
-    memory_mb: of one process's address space and of all its processes' memory together; isolation:
-    "auto" uses the layers that the host allows, "strict" raises RuntimeError where one is missing.
+    workers: jobs at work at once, by default one per core; timeout: seconds of wall clock a job; memory_mb: of one
+    process's address space, and of what all its processes hold together; isolation: "auto" uses the layers that the
+    host allows, "strict" raises RuntimeError where one that it needs is missing.
     """
 
     def __init__(self, workers=None, timeout=5.0, memory_mb=512, isolation="auto"):
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        self.workers = cores if workers is None else workers
-        if not isinstance(self.workers, int) or self.workers < 1:
-            raise ValueError(f"workers must be a positive integer, not {workers!r}")
+        if workers is None:
+            workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        for name, value, least in (("workers", workers, 1), ("memory_mb", memory_mb, 64)):
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} must be an integer of at least {least}, not {value!r}")
         check_positive("timeout", timeout)
-        if not isinstance(memory_mb, int) or memory_mb < 64:
-            raise ValueError(f"memory_mb must be an integer of at least 64, not {memory_mb!r}")
         if isolation not in ("auto", "strict"):
             raise ValueError(f'isolation must be "auto" or "strict", not {isolation!r}')
-        self.timeout, self.memory_mb, self.isolation = timeout, memory_mb, isolation
+        self.workers, self.timeout, self.memory_mb, self.isolation = workers, timeout, memory_mb, isolation
         self.lock, self.pid, self.closed = threading.Lock(), os.getpid(), False
-        self.idle = [{} for _ in range(self.workers)]   # each worker's warm servers by hash seed
+        self.idle = [{} for _ in range(workers)]        # each worker's warm servers by hash seed
         if isolation == "strict":
             self.report()
 
@@ -276,11 +261,11 @@ class Sandbox:
             while len(servers) >= SEEDS_PER_WORKER:
                 servers.pop(next(iter(servers))).close()
             server = Server(hash_seed, self.memory_mb)
-            missing = [name for name in NEEDED if server.layers[name]]
+            missing = [f"{name} ({reason})" for name, reason in server.layers.items()
+                       if reason and not reason.startswith("not needed")]
             if self.isolation == "strict" and missing:
                 server.close()
-                raise RuntimeError("isolation='strict', but this host lacks: " + "; ".join(
-                    f"{name} ({server.layers[name]})" for name in missing))
+                raise RuntimeError(f"isolation='strict', but this host lacks: {'; '.join(missing)}")
             servers[hash_seed] = server
         return servers[hash_seed]
 
@@ -362,7 +347,7 @@ class Batch:
     def fail(self, servers, server):
         """The server died or hangs: end it, and give its job another chance."""
         servers.pop(server.hash_seed).close()
-        self.settle(servers, server, lost("the sandbox's server died while it ran this program"))
+        self.settle(servers, server, Execution("", "the sandbox's server died", -9, "lost", 0.0))
 
     def settle(self, servers, server, execution):
         self.set_aside(server)
@@ -378,12 +363,11 @@ class Batch:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--report", action="store_true", help="print which layers this host allows")
-    if not parser.parse_args().report:
-        parser.error("nothing to do: pass --report")
+    parser.add_argument("--report", action="store_true", required=True, help="print which layers this host allows")
+    parser.parse_args()
     with Sandbox(workers=1) as sandbox:
         for layer, reason in sandbox.report().items():
-            print(f"{layer:22}{'active' if not reason else 'unavailable: ' + reason}")
+            print(f"{layer:22}{'unavailable: ' * bool(reason)}{reason or 'active'}")
 
 
 if __name__ == "__main__":

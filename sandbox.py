@@ -7,15 +7,15 @@ CodeBoost (arXiv 2508.05242) executes every snippet and completion through bash,
 environment and network. Here fork servers (server.py) run one job at a time each, jailed (jail.py): a job costs a fork,
 not an interpreter's start, and nothing outlives it. Servers start when there is work and die with their owner.
 
-Covered: what a program sees of files, network, processes, environment; its wall and processor time, memory, processes,
-files and output; forged results; whatever it leaves behind. Not covered: bugs of the kernel; side channels (timing,
-caches); locks on the interpreter's own files, which two jobs may both read; an earlier job's bytes in a server's freed
-memory; where `python sandbox.py --report` names a layer as missing, what it would have stopped (without a mount
-namespace: no size limit on the folder as a whole, no /dev/shm). A traced program that rewrites its interpreter's memory
-could forge its trace, though not its output or exit code. On Python 3.11 tracing takes a level of the stack, so a
-program that catches RecursionError without naming it may differ by one level; one that names it is run again without.
+Not covered: bugs of the kernel; side channels; locks on the interpreter's own files, which two jobs may both read; an
+earlier job's bytes in a server's freed memory; whatever a layer that `--report` names as missing would have stopped
+(without a mount namespace, the folder's total size). A traced program that rewrites its interpreter could forge its
+trace, though not its output or exit code. On Python 3.11 the trace takes a level of the stack: a program that mentions
+RecursionError is run again without it for its output.
 """
 import argparse
+import contextlib
+import itertools
 import os
 import selectors
 import shutil
@@ -27,10 +27,8 @@ import threading
 import time
 from dataclasses import dataclass
 
-STATUSES = ("ok", "error", "timeout", "memory", "output", "crash", "lost")
-MAX_PROGRAM_BYTES = 10 << 20
-MAX_STDIN_BYTES = 64 << 20
-GRACE = 10.0            # seconds after a job's time-out before its server itself counts as hung
+MAX_BYTES = 16 << 20    # of a program, its stdin, a file
+GRACE = 10.0            # seconds past a job's time-out after which its server counts as hung
 ATTEMPTS = 2            # a job whose server died is run again once, then it is lost
 SEEDS_PER_WORKER = 3    # hash seeds whose servers a worker keeps warm
 MAX_ASIDE = 32          # jobs that may wait or hang beside those at work
@@ -56,8 +54,8 @@ class Execution:
     exit_code: int                  # subprocess's: -n for signal n
     status: str                     # ok error timeout memory output crash lost
     seconds: float                  # wall clock, from the fork to the end
-    ending: str | None = None       # traced: the exception's type; None: a normal end; "os._exit": it left without
-    #                                 returning to Python; "killed": by a signal or a limit
+    ending: str | None = None       # traced: an exception's type, None after a normal end; where control never came
+    #                                 back: "os._exit" (it left by itself), "killed" (by a signal or a limit)
     ending_bases: tuple = ()        # traced: the builtin exception types among its bases, itself included
     lines: list | None = None       # traced: line numbers of main.py in order of first visit
 
@@ -68,8 +66,8 @@ def check_job(job):
         if not isinstance(job, tuple) or len(job) != 2:
             raise TypeError(f"a job is a Job or a (code, stdin) pair, not {type(job).__name__}")
         job = Job(*job)
-    check_text("Job.code", job.code, MAX_PROGRAM_BYTES)
-    check_text("Job.stdin", job.stdin, MAX_STDIN_BYTES)
+    check_text("Job.code", job.code)
+    check_text("Job.stdin", job.stdin)
     if "\0" in job.code:
         raise ValueError("Job.code holds a NUL byte, which no Python program may: drop the program")
     if not isinstance(job.hash_seed, int) or not 0 <= job.hash_seed < 2 ** 32:
@@ -77,22 +75,22 @@ def check_job(job):
     if job.timeout is not None:
         check_positive("Job.timeout", job.timeout)
     for name, text in (job.files or {}).items():
-        check_text("a name in Job.files", name, 1024)
-        check_text(f"Job.files[{name!r}]", text, MAX_PROGRAM_BYTES)
+        check_text("a name in Job.files", name)
+        check_text(f"Job.files[{name!r}]", text)
         if name in ("", "main.py") or name.startswith("/") or ".." in name.split("/") or "\0" in name:
             raise ValueError(f"Job.files name {name!r} must be relative, without '..', and not main.py")
     return job
 
 
-def check_text(name, text, limit):
+def check_text(name, text):
     if not isinstance(text, str):
         raise TypeError(f"{name} must be str, not {type(text).__name__}")
     try:
         size = len(text.encode("utf-8", "surrogateescape"))
     except UnicodeEncodeError as error:
         raise ValueError(f"{name} holds a lone surrogate at position {error.start}: it has no bytes") from None
-    if size > limit:
-        raise ValueError(f"{name} has {size:,} bytes; the limit is {limit:,}")
+    if size > MAX_BYTES:
+        raise ValueError(f"{name} has {size:,} bytes; the limit is {MAX_BYTES:,}")
 
 
 def check_positive(name, value):
@@ -104,10 +102,8 @@ class Server:
     """One fork server: its process and the socket to it."""
 
     def __init__(self, hash_seed, memory_mb):
-        self.index = self.attempt = self.started = self.deadline = None     # of the job it runs now
-        self.waits = self.aside = False     # it uses no processor; it no longer counts as at work
-        self.buffer = bytearray()
-        self.hash_seed = hash_seed
+        self.hash_seed, self.buffer = hash_seed, bytearray()
+        self.process = self.layers = None
         boot = tempfile.mkdtemp(prefix="sandbox_boot_")
         folder = tempfile.mkdtemp(prefix="sandbox_")
         self.socket, theirs = socket.socketpair()
@@ -122,38 +118,36 @@ class Server:
             self.process = subprocess.Popen(
                 [sys.executable, "main.py"], cwd=folder, env=environment, pass_fds=[theirs.fileno()],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
-            theirs.close()
+            theirs.close()                      # or its end would go unnoticed
             self.process.stdin.close()
             self.layers = self.greeting()
-        except BaseException:
-            self.close()
-            raise
         finally:
             theirs.close()
             shutil.rmtree(boot, ignore_errors=True)
             if self.layers is None or self.layers["mount namespace"] == "":
                 shutil.rmtree(folder, ignore_errors=True)       # the server has its own under that name
-
-    process = layers = None
+            if self.layers is None:
+                self.close()
 
     def greeting(self):
         """The server's first message: each layer of the jail and why it is missing, or ""."""
         self.socket.settimeout(60)
         with self.socket.makefile("rb") as stream:
-            text = stream.read(int(stream.readline() or 0))
+            text = stream.read(int(stream.readline() or 0)).decode()
         if not text:
-            said = self.process.stderr.read().decode("utf-8", "replace").strip()
-            raise RuntimeError(f"the sandbox's server did not start: {said or 'it said nothing'}")
-        return dict(line.split("\t") for line in text.decode().split("\n"))
+            raise RuntimeError(f"the sandbox's server did not start: {self.process.stderr.read().decode()}")
+        return dict(line.split("\t") for line in text.split("\n"))
 
     def send(self, index, job, timeout, attempt):
-        parts = [job.code, job.stdin, *(part for item in (job.files or {}).items() for part in item)]
-        parts = [part.encode("utf-8", "surrogateescape") for part in parts]
+        """Have it run a job."""
+        texts = [job.code, job.stdin, *(text for item in (job.files or {}).items() for text in item)]
+        parts = [text.encode("utf-8", "surrogateescape") for text in texts]
         numbers = [int(timeout * 1000), int(job.trace), *map(len, parts)]
-        self.index, self.attempt, self.waits, self.aside = index, attempt, False, False
-        self.started = time.monotonic()
+        self.index, self.attempt, self.started = index, attempt, time.monotonic()
+        self.waits = self.aside = False         # it uses no processor; it no longer counts as at work
         self.deadline = self.started + 2 * timeout + GRACE              # a traced job may run twice
-        self.socket.sendall(" ".join(map(str, numbers)).encode() + b"\n" + b"".join(parts))
+        with contextlib.suppress(OSError):      # a dead server shows when we listen
+            self.socket.sendall(" ".join(map(str, numbers)).encode() + b"\n" + b"".join(parts))
 
     def receive(self, trace):
         """Read what there is: an Execution once the reply is whole, None before; OSError: it died."""
@@ -161,40 +155,30 @@ class Server:
         if not chunk:
             raise OSError("the server closed its socket")
         self.buffer += chunk
-        if self.buffer.startswith(WAITING):
+        while self.buffer.startswith(WAITING):
             self.waits = True
             del self.buffer[:len(WAITING)]
         head, newline, _ = self.buffer.partition(b"\n")
         if not newline:
             return None
-        status, code, micros, *lengths = map(int, head.split())
-        if len(self.buffer) < len(head) + 1 + sum(lengths):
+        status, code, micros, *lengths = head.decode().split()
+        ends = list(itertools.accumulate(map(int, lengths), initial=len(head) + 1))
+        if len(self.buffer) < ends[-1]:
             return None
-        texts, at = [], len(head) + 1
-        for length in lengths:
-            texts.append(self.buffer[at:at + length].decode("utf-8", "surrogateescape"))
-            at += length
+        texts = [self.buffer[a:b].decode("utf-8", "surrogateescape") for a, b in itertools.pairwise(ends)]
         self.buffer.clear()
-        execution = Execution(texts[0], texts[1], code, STATUSES[status], micros / 1e6)
-        return read_trace(execution, texts[2]) if trace else execution
+        execution = Execution(texts[0], texts[1], int(code), status, int(micros) / 1e6)
+        if trace:
+            names, _, lines = texts[2].partition("\n")
+            execution.ending, *bases = names.split() or [None]
+            execution.ending_bases, execution.lines = tuple(bases), [int(number) for number in lines.split()]
+        return execution
 
     def close(self):
         self.socket.close()
         if self.process is not None:
-            self.process.kill()
-            with self.process:          # waits, closes its pipes
-                pass
-
-
-def read_trace(execution, report):
-    """Fill in what the harness reported; without a report, control never came back from the program."""
-    names, newline, lines = report.partition("\n")
-    if not newline:
-        names = "os._exit" if execution.status in ("ok", "error") else "killed"
-    execution.ending, *bases = names.split() or [None]
-    execution.ending_bases = tuple(bases)
-    execution.lines = [int(number) for number in lines.split()]
-    return execution
+            with self.process:                  # leaving this waits for it and closes its pipes
+                self.process.kill()
 
 
 class Sandbox:
@@ -224,20 +208,22 @@ class Sandbox:
         return self
 
     def __exit__(self, *error):
-        self.close()
-
-    def close(self):
-        """End every server and whatever it runs. A closed sandbox runs nothing more."""
+        """End every server and whatever it runs."""
         self.closed = True
         if os.getpid() == self.pid:
             with self.lock:
-                for servers in self.idle:
-                    for server in servers.values():
-                        server.close()
-                    servers.clear()
+                self.close_workers(0)
+
+    close = __exit__
+
+    def close_workers(self, keep):
+        """End the servers of all workers but the first `keep`."""
+        while len(self.idle) > keep:
+            for server in self.idle.pop().values():
+                server.close()
 
     def report(self):
-        """Layer of the jail -> "" where it is active, else why it is not."""
+        """Each layer of the jail: "" where it is active, else why it is not."""
         with self.lock:
             return self.server(self.idle[0], 0).layers
 
@@ -248,10 +234,9 @@ class Sandbox:
     def run_many(self, jobs):
         """Run Jobs or (code, stdin) pairs in parallel; returns their Executions in the same order."""
         jobs = [check_job(job) for job in jobs]
-        if self.closed:
-            raise RuntimeError("this sandbox is closed: make a new one")
-        if os.getpid() != self.pid:
-            raise RuntimeError("this sandbox belongs to the process that made it: make one here")
+        if self.closed or os.getpid() != self.pid:
+            why = "is closed" if self.closed else "belongs to the process that made it"
+            raise RuntimeError(f"this sandbox {why}: make a new one here")
         with self.lock:
             return Batch(self, jobs).run() if jobs else []
 
@@ -271,63 +256,51 @@ class Sandbox:
 
 
 class Batch:
-    """One call of run_many. As many jobs are at work at once as there are workers; a job that waits
-    (sleeps, reads) or takes far longer than the others is set aside: it goes on, and another starts."""
+    """One call of run_many. As many jobs are at work at once as there are workers; a job that waits (sleeps, reads) or
+    takes far longer than the others is set aside: it goes on, and another starts beside it."""
 
     def __init__(self, sandbox, jobs):
-        self.sandbox, self.jobs = sandbox, jobs
-        self.results = [None] * len(jobs)
+        self.sandbox, self.jobs, self.results = sandbox, jobs, [None] * len(jobs)
         self.waiting = [(index, 1) for index in reversed(range(len(jobs)))]
-        self.free = list(reversed(sandbox.idle))        # workers without a job: their servers
         self.at_work = 0
         self.ended, self.ended_seconds = 0, 0.0         # of jobs that ended by themselves
-        self.selector = selectors.DefaultSelector()     # the servers with a job
+        self.selector = selectors.DefaultSelector()     # of servers with a job
+        self.running = self.selector.get_map()
 
     def run(self):
+        workers = self.sandbox.workers
         try:
-            while self.waiting or self.selector.get_map():
-                while self.waiting and self.at_work < self.sandbox.workers and self.may_start():
-                    self.start(self.free.pop(), *self.waiting.pop())
+            while self.waiting or self.running:
+                while self.waiting and self.at_work < workers and len(self.running) < workers + MAX_ASIDE:
+                    self.start(*self.waiting.pop())
                 for key, _ in self.selector.select(0.05 if self.waiting else 1.0):
                     self.hear(*key.data)
                 self.look_at_clock()
         finally:
-            for key in list(self.selector.get_map().values()):      # interrupted: its jobs end with it
-                servers, server = key.data
+            for servers, server in [key.data for key in self.running.values()]:     # interrupted
+                self.release(servers, server)
                 servers.pop(server.hash_seed).close()
             self.selector.close()
-            while len(self.sandbox.idle) > self.sandbox.workers:        # those added for this batch
-                for server in self.sandbox.idle.pop().values():
-                    server.close()
+            self.sandbox.close_workers(workers)         # those beyond were added beside jobs set aside
         return self.results
 
-    def may_start(self):
-        """Whether a worker is free, or may be added beside those whose jobs were set aside."""
-        if not self.free and len(self.sandbox.idle) < self.sandbox.workers + MAX_ASIDE:
-            self.sandbox.idle.append({})
-            self.free.append(self.sandbox.idle[-1])
-        return bool(self.free)
-
-    def start(self, servers, index, attempt):
+    def start(self, index, attempt):
         job = self.jobs[index]
-        server = self.sandbox.server(servers, job.hash_seed)
+        self.sandbox.idle = self.sandbox.idle or [{}]
+        server = self.sandbox.server(self.sandbox.idle[-1], job.hash_seed)
+        servers = self.sandbox.idle.pop()
         self.selector.register(server.socket, selectors.EVENT_READ, (servers, server))
         self.at_work += 1
-        try:
-            server.send(index, job, job.timeout or self.sandbox.timeout, attempt)
-        except OSError:
-            self.fail(servers, server)
+        server.send(index, job, job.timeout or self.sandbox.timeout, attempt)
 
     def set_aside(self, server):
-        if not server.aside:
-            server.aside = True
-            self.at_work -= 1
+        self.at_work -= not server.aside
+        server.aside = True
 
     def look_at_clock(self):
         now = time.monotonic()
         usual = self.ended_seconds / self.ended if self.ended else float("inf")
-        for key in list(self.selector.get_map().values()):
-            servers, server = key.data
+        for servers, server in [key.data for key in self.running.values()]:
             timeout = self.jobs[server.index].timeout or self.sandbox.timeout
             if now > server.deadline:
                 self.fail(servers, server)
@@ -337,7 +310,7 @@ class Batch:
     def hear(self, servers, server):
         try:
             execution = server.receive(self.jobs[server.index].trace)
-        except (OSError, ValueError, IndexError):
+        except (OSError, ValueError):
             return self.fail(servers, server)
         if execution is not None:
             self.settle(servers, server, execution)
@@ -345,19 +318,22 @@ class Batch:
             self.set_aside(server)
 
     def fail(self, servers, server):
-        """The server died or hangs: end it, and give its job another chance."""
-        servers.pop(server.hash_seed).close()
+        """The server died or hangs."""
         self.settle(servers, server, Execution("", "the sandbox's server died", -9, "lost", 0.0))
+        servers.pop(server.hash_seed).close()
 
-    def settle(self, servers, server, execution):
+    def release(self, servers, server):
         self.set_aside(server)
         self.selector.unregister(server.socket)
-        self.free.append(servers)
+        self.sandbox.idle.append(servers)
+
+    def settle(self, servers, server, execution):
+        self.release(servers, server)
         if execution.status == "lost" and server.attempt < ATTEMPTS:
             self.waiting.append((server.index, server.attempt + 1))
-            return
-        self.results[server.index] = execution
-        if execution.status != "timeout":
+        else:
+            self.results[server.index] = execution
+        if execution.status not in ("lost", "timeout"):
             self.ended, self.ended_seconds = self.ended + 1, self.ended_seconds + execution.seconds
 
 

@@ -2,10 +2,10 @@
 
 sandbox.py starts `python main.py` in an empty folder with a copy of this file on its path under the name
 `sitecustomize`, so Python runs it as the last step of its start-up. The server never leaves this file. A job's
-process, forked from it and prepared by harness.py, does: it raises the ImportError that a missing `sitecustomize` would have raised, no frame
-or module of ours is left, and the interpreter goes on to run main.py as it would have done. Tracebacks, flushing,
-atexit, threads, recursion depth and `__main__` are not imitated but real. (`-I` would be as tight, but it ignores
-PYTHONHASHSEED and shows in sys.flags; here environment and folder are ours alone instead.)
+process, forked from it and prepared by harness.py, does: it raises the ImportError that a missing `sitecustomize`
+would have raised, no frame or module of ours is left, and the interpreter goes on to run main.py as it would have
+done. Tracebacks, flushing, atexit, threads, recursion depth and `__main__` are not imitated but real. (`-I` would be
+as tight, but ignores PYTHONHASHSEED and shows in sys.flags; instead, environment and folder are ours alone.)
 
 One job at a time. A message is a line of integers, then the bytes whose lengths end the line:
     request   time-out in ms, trace; program, stdin, then a name and a text for each of the files
@@ -24,7 +24,6 @@ import time             # noqa: E402
 import harness          # noqa: E402
 import jail as jails    # noqa: E402
 
-STATUSES = ("ok", "error", "timeout", "memory", "output", "crash", "lost")
 OUTPUT_BYTES = 1 << 20          # of each stream; a run that writes more is ended
 CHUNK = 65536                   # bytes moved at once: what a pipe holds
 TICK = 0.1                      # seconds between looks at a running job's memory and processor time
@@ -81,7 +80,7 @@ def main():
             result = result and (*result[:5], told)
         if result is None:
             return
-        harness.write_all(control, b"%d %d %d %d %d %d\n" % (*result[:3], *map(len, result[3:])) + b"".join(result[3:]))
+        harness.write_all(control, b"%s %d %d %d %d %d\n" % (*result[:3], *map(len, result[3:])) + b"".join(result[3:]))
 
 
 def serve_in_child(jail):
@@ -158,9 +157,12 @@ def run(jail, control, owner, timeout, trace, parts):
         status = "memory" if out_of_memory else "error" if code else "ok"
     mark = secret + pid.to_bytes(4, "big")
     at = told.find(mark, 1)
-    told = told[at + len(mark):] if at > 0 else b""
+    if at > 0:
+        told = told[at + len(mark):]
+    else:                                                   # control never came back from the program
+        told = b"os._exit\n" if status in ("ok", "error") else b"killed\n"
     place = os.fsencode(jail.folder) + b"/"
-    return STATUSES.index(status), code, microseconds, out.replace(place, b""), err.replace(place, b""), told
+    return status.encode(), code, microseconds, out.replace(place, b""), err.replace(place, b""), told
 
 
 class Running:

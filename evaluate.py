@@ -92,9 +92,9 @@ def constant_answer_reward(tasks, sandbox, score_options=None):
     for group in groups.values():
         strategies = zip(*map(constant_answers, group))                     # each: its answers to the tasks
         means = [_means(score_many(list(zip(group, texts)), sandbox, **(score_options or {}))) for texts in strategies]
-        best += [max(means, key=lambda mean: mean[0] or 0.0)] * len(group)
-    known = [mean for mean in best if mean[0] is not None]
-    return tuple(np.mean(known, axis=0).tolist()) if known else (None, None)
+        scored = [mean for mean in means if mean[0] is not None]
+        best += [max(scored)] * len(group) if scored else []
+    return tuple(np.mean(best, axis=0).tolist()) if best else (None, None)
 
 
 def _means(rewards):
@@ -125,13 +125,13 @@ def cruxeval(row, mode, cot=False):
     code, truth = row["code"], row["output"]
     question = f"f({row['input']}) == ??" if mode == "output" else f"f(??) == {truth}"
     shots = (DATA / "prompts" / f"cruxeval-{mode}{'-cot' * cot}.txt").read_text(encoding="utf-8")
-    tag = "[THOUGHT]" if cot else "[ANSWER]"
+    prompt = f"{shots}[PYTHON]\n{code}\nassert {question}\n[/PYTHON]\n{'[THOUGHT]' if cot else '[ANSWER]'}\n"
 
     def program(completion):
         side = extract_assertion(completion, mode)
         one_call = f"assert __import__('ast').parse({side!r}, mode='eval').body.func.id == 'f'"
         return f"{code}\n{'del f' if mode == 'output' else one_call}\nassert {truth} == eval({side!r})"
-    return row["id"], f"{shots}[PYTHON]\n{code}\nassert {question}\n[/PYTHON]\n{tag}\n", program
+    return row["id"], prompt, program
 
 
 def humaneval(row):

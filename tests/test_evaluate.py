@@ -228,6 +228,18 @@ def test_another_setting_does_not_continue_a_file(tmp_path, monkeypatch, capsys)
     assert status == 2 and "name another --out" in stderr and out.read_text() == before
 
 
+def test_a_cut_run_of_a_model_goes_on_with_the_same_draws(tiny_model, tmp_path, monkeypatch, capsys):
+    data, _ = crux(tmp_path, count=4)
+    out = tmp_path / "out.jsonl"
+    command = ["--model", tiny_model, "--benchmark", "cruxeval-o", "--data", data, "--max-new-tokens", 6,
+               "--temperature", 1, "--out", out]
+    cli(monkeypatch, capsys, *command)
+    whole = out.read_text()
+    out.write_text("".join(whole.splitlines(keepends=True)[:2]))
+    cli(monkeypatch, capsys, *command)
+    assert out.read_text() == whole
+
+
 def test_limit_and_several_samples(tmp_path, monkeypatch, capsys):
     data, _ = crux(tmp_path)
     given = write(tmp_path / "many", [{"id": "s_0", "completion": f"assert f(0) == {n % 2}"} for n in range(4)])
@@ -255,6 +267,7 @@ def test_compare_pairs_items(tmp_path, monkeypatch, capsys):
     (["--benchmark", "x"], "invalid choice: 'x'"),
     (["--benchmark", "mbpp", "--data", "DATA"], "with --model or --completions"),
     (["--benchmark", "mbpp", "--data", "DATA", "--completions", "TEXTS"], "is no mbpp row: KeyError"),
+    (["--benchmark", "humaneval", "--data", "HALF", "--completions", "TEXTS"], "row 1 is no humaneval row"),
     (["--benchmark", "cruxeval-o", "--data", "none", "--completions", "TEXTS"], "none"),
     (["--benchmark", "cruxeval-o", "--data", "DATA", "--completions", "DATA"], "row 1 is no dict with id, completion"),
     (["--benchmark", "cruxeval-o", "--data", "DATA", "--completions", "BAD"], "doesn't hold JSON rows"),
@@ -269,7 +282,8 @@ def test_bad_input_is_one_line_and_status_2(arguments, words, tmp_path, monkeypa
     data, texts = crux(tmp_path)
     (tmp_path / "bad").write_text('{"id": 1, "comp')
     write(tmp_path / "strange", [{"id": "zz", "completion": ""}])
-    names = {"DATA": data, "TEXTS": texts, "BAD": tmp_path / "bad", "STRANGE": tmp_path / "strange"}
+    half = write(tmp_path / "half", [{key: value for key, value in ROWS["humaneval"][0].items() if key != "test"}])
+    names = {"HALF": half, "DATA": data, "TEXTS": texts, "BAD": tmp_path / "bad", "STRANGE": tmp_path / "strange"}
     monkeypatch.chdir(tmp_path)
     status, stdout, stderr = cli(monkeypatch, capsys, *[names.get(argument, argument) for argument in arguments])
     assert status == 2 and stdout == "" and words in stderr, (status, stderr)
@@ -359,13 +373,35 @@ def test_lost_samples_are_left_out(monkeypatch):
     json.dumps(row, allow_nan=False)
 
 
-def test_heldout_rows_of_a_real_sampler_repeat(tiny_model, sandbox):
+def test_heldout_rows_of_a_real_sampler_repeat(tiny_model, sandbox, capsys):
     from model import Tokenizer
     from sample import Sampler
     sampler, tokenizer = Sampler(GPT.from_pretrained(tiny_model)), Tokenizer.from_pretrained(tiny_model)
     measure = lambda tasks: heldout_rows(sampler, tokenizer, tasks, ["variants"] * len(tasks), sandbox, step=0,
                                          samples=2, max_new_tokens=4, seed=1)
     assert measure([CLEAN, ERROR]) == measure([CLEAN, ERROR]) and measure([]) == []
+    assert capsys.readouterr().err == "", "no progress bar where stderr is no terminal"
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 4])
+def test_the_progress_bar_counts_finished_rows(at_once, monkeypatch):
+    rows = {0: [5, 0], 1: [5, 6, 7, 8], 2: [0]}                             # 0 ends a row, and so do 4 tokens
+
+    class Bar:
+        counts = []
+        __init__ = __exit__ = lambda self, *_, **__: None
+        __enter__ = lambda self: self
+        update = counts.append
+
+    def generate(chats, progress, **_):
+        for row, ids in rows.items():
+            for start in range(0, len(ids), at_once):
+                progress(row, ids[start:start + at_once])
+        return [SimpleNamespace(ids=ids) for ids in rows.values()]
+
+    monkeypatch.setattr(evaluate, "tqdm", Bar)
+    evaluate.answer(SimpleNamespace(generate=generate), Recorded(), ["a", "b", "c"], group_size=1, max_new_tokens=4)
+    assert sum(Bar.counts) == 3, "three rows ended, however many tokens came at a time"
 
 
 def test_constant_answers_take_the_best_strategy_of_each_kind(sandbox):

@@ -91,7 +91,7 @@ class Decoder:
         self.device = model.model["embed_tokens"].weight.device
         self.static = self.device.type == "cuda"        # shapes that a graph can be captured with
         self.cache_dtype = dtype if self.static else torch.float32
-        self.prefill_tokens = 8192 if self.static else 2048     # in one pass, or one prompt
+        self.prefill_tokens = 8192 if self.static else 1024     # in one pass, or one prompt
         self.weights = {}
         for name, parts in fused_parameters(model).items():
             rows = sum(len(part) for part in parts)

@@ -43,6 +43,9 @@ class Wave:
         self.cos = root * torch.cat((cos, cos), 1).unsqueeze(1)     # (P + T, 1, d)
         self.sin = root * torch.cat((-sin, sin), 1).unsqueeze(1)    # (P + T, 1, d)
 
+    def nbytes(self):
+        return sum(part.nbytes for part in vars(self).values() if isinstance(part, torch.Tensor))
+
     def seat(self, numbers, prompt_of_row, prompts):
         """Take rows into use, slot by slot: the caller's number of each and its prompt's slot."""
         self.numbers, self.prompt_of_row = numbers, prompt_of_row

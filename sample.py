@@ -74,19 +74,20 @@ class Sampler:
         request = SimpleNamespace(
             prompts=prompts, group_size=group_size, max_new_tokens=max_new_tokens,
             temperature=temperature, top_p=top_p, eos_ids=list(eos_ids), seed=seed,
-            row_ids=row_ids, progress=progress, results=[None] * len(row_ids))
+            row_ids=row_ids, max_batch=max_batch, progress=progress,
+            results=[None] * len(row_ids))
         check_request(self.decoder.config, request)
         if row_ids:
             order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
             rows = [i * group_size + g for i in order for g in range(group_size)]
-            size = self._rows_at_a_time(request, max_batch)
+            size = self._rows_at_a_time(request)
             for start in range(0, len(rows), size):     # prompts of like length together
                 self._sample_wave(request, rows[start:start + size])
         if not self.decoder.static:
             self.release()
         return request.results
 
-    def _rows_at_a_time(self, request, max_batch):
+    def _rows_at_a_time(self, request):
         """Rows of a wave: even waves of whole groups if possible. ValueError if memory is short."""
         decoder, c, group = self.decoder, self.decoder.config, request.group_size
         lengths = [len(prompt) for prompt in request.prompts]
@@ -96,13 +97,13 @@ class Sampler:
         row = request.max_new_tokens * (token + 20) + 20 * len(decoder.head)    # 20: ids, logits …
         prefill = (4 * (6 * c.hidden_size + 3 * c.intermediate_size)
                    * max(longest, min(sum(lengths), decoder.prefill_tokens)))
-        free = free_memory(decoder.device)
+        free = free_memory(decoder.device) + (self.wave.nbytes() if self.wave else 0)
 
         def need(size):
             return size * row + math.ceil(size / group) * longest * token + prefill
 
-        size = min(max_batch or MOST_ROWS, rows)
-        while not max_batch and size > 1 and need(size) > free:
+        size = min(request.max_batch or MOST_ROWS, rows)
+        while not request.max_batch and size > 1 and need(size) > free:
             size = size * 3 // 4
         if need(size) > free:
             raise ValueError(
@@ -290,6 +291,8 @@ def check_request(config, request):
                          "both must be at least 1")
     if r.temperature != 0 and not 1e-4 <= r.temperature < math.inf:
         raise ValueError(f"temperature {r.temperature} must be 0 (greedy) or at least 0.0001")
+    if r.max_batch is not None and r.max_batch < 1:
+        raise ValueError(f"max_batch {r.max_batch} must be at least 1")
     if not 0 < r.top_p <= 1:
         raise ValueError(f"top_p {r.top_p} must be above 0 and at most 1")
     if len(r.row_ids) != len(r.prompts) * r.group_size:

@@ -63,8 +63,9 @@ def assert_logprobs(model, prompts, completions, temperature=1.0, tolerance=1e-4
         prompt = prompts[row * len(prompts) // len(completions)]
         expected = expected_logprobs(model, prompt, completion.ids, temperature)
         gap = (torch.tensor(completion.logprobs) - expected).abs().max()
-        assert gap <= tolerance, (f"row {row} (prompt of {len(prompt)}): cached decoding is {gap:.2e} "
-                                  "from the full forward pass: positions, masks or cache slots")
+        assert gap <= tolerance, (
+            f"row {row} (prompt of {len(prompt)}): cached decoding is {gap:.2e} from the full forward "
+            "pass: positions, masks or cache slots")
 
 
 def ids(completions):
@@ -313,6 +314,7 @@ def test_progress_hears_of_every_id_once():
     ({"top_p": 1.5}, "top_p 1.5"),
     ({"max_new_tokens": 0}, "max_new_tokens 0"),
     ({"group_size": 0}, "group_size is 0"),
+    ({"max_batch": -1}, "max_batch -1"),
     ({"max_new_tokens": 512}, "past the model's 512 positions"),
     ({"row_ids": [1, 2]}, "2 row_ids for 1 prompts"),
 ])

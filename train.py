@@ -92,6 +92,8 @@ def main():
     stop = catch_interrupt()
 
     with Sandbox(timeout=2.0) as sandbox:
+        missing = [f"{layer} ({reason})" for layer, reason in sandbox.report().items() if reason]
+        print("sandbox: " + ("layers not in use: " + ", ".join(missing) if missing else "every layer in use"))
         with one_line_errors():
             snippets, heldout_snippets = read_corpus(settings, sandbox)
             heldout = make_heldout(settings, snippets, heldout_snippets, tokenizer, sandbox)

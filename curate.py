@@ -162,9 +162,11 @@ def maximum_clique(neighbors):
     for v, row in enumerate(neighbors):
         if row < 0 or row >> len(neighbors) or row >> v & 1:
             raise ValueError(f"neighbors[{v}] has a bit that is not of another vertex")
-        for w in _vertices(row):
-            if not neighbors[w] >> v & 1:
-                raise ValueError(f"neighbors[{v}] has vertex {w}, but neighbors[{w}] lacks {v}")
+    rows = _matrix(neighbors)
+    for v, column in enumerate(zip(*rows)):
+        if (back := "".join(column)) != rows[v]:
+            w = next(w for w, bit in enumerate(back) if bit != rows[v][w])
+            raise ValueError(f"neighbors[{v}] and neighbors[{w}] disagree about the edge {v}-{w}")
     return _search(neighbors, math.inf)[0]
 
 
@@ -178,15 +180,15 @@ def _search(neighbors, budget):
     In degeneracy order the sparsest vertices are branched on first, which leaves few candidates;
     classes are filled from the dense core. `budget` counts coloured vertices: no clock decides.
     """
-    order, degree = [], {v: row.bit_count() for v, row in enumerate(neighbors)}
+    rows = _matrix(neighbors)
+    order, degree = [], {v: row.count("1") for v, row in enumerate(rows)}
     while degree:
         order.append(min(degree, key=degree.get))
         del degree[order[-1]]
-        for v in degree.keys() & set(_vertices(neighbors[order[-1]])):
-            degree[v] -= 1
-    number = {v: i for i, v in enumerate(order)}
+        for v in degree:
+            degree[v] -= rows[order[-1]][v] == "1"
+    joined = [int("".join(rows[v][w] for w in reversed(order)), 2) for v in order]
     everyone = (1 << len(order)) - 1
-    joined = [sum(1 << number[w] for w in _vertices(neighbors[v])) for v in order]
     apart = [everyone ^ row ^ 1 << v for v, row in enumerate(joined)]
     best, rest = [], everyone
     while rest:                                             # a first clique, greedily
@@ -215,7 +217,7 @@ def _search(neighbors, budget):
 
 def _uncoloured(vertices, classes, apart):
     """What of `vertices` is left after greedily filling so many classes of vertices not joined."""
-    for _ in range(classes):
+    for _ in range(min(classes, vertices.bit_count())):
         free = vertices
         while free:
             v = free.bit_length() - 1
@@ -224,10 +226,9 @@ def _uncoloured(vertices, classes, apart):
     return vertices
 
 
-def _vertices(bits):
-    while bits:
-        yield (bits & -bits).bit_length() - 1
-        bits &= bits - 1
+def _matrix(neighbors):
+    """Bit sets -> strings: [v][w] is "1" where v and w are joined, which is quick to permute."""
+    return [f"{row:0{len(neighbors)}b}"[::-1] for row in neighbors]
 
 
 def independent_set(adjacent, budget):

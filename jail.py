@@ -194,6 +194,8 @@ def settle(jail):
     else:
         jail.layers["private /proc"] = "needs PID and mount namespaces"
     jail.attempt("parent-death signal", prctl, PR_SET_PDEATHSIG, 9)
+    if jail.active("parent-death signal"):
+        prctl(PR_SET_DUMPABLE, 0)                       # keeps a job of the same uid out of our /proc folder
     jail.attempt("subreaper", prctl, PR_SET_CHILD_SUBREAPER, 1)
     jail.attempt("no_new_privs", prctl, PR_SET_NO_NEW_PRIVS, 1)
     jail.ruleset = jail.attempt("Landlock", landlock_ruleset, jail)
@@ -241,7 +243,7 @@ def confine(jail, seconds, apply=lambda layer, function, *arguments: function(*a
     if jail.layers["no capabilities"] in ("", "not tried"):
         apply("no capabilities", call, "capset", struct.pack("Ii", 0x20080522, 0), bytes(24))
     if jail.active("parent-death signal"):
-        prctl(PR_SET_DUMPABLE, 1)                       # or a changed identity makes /proc/self root's
+        prctl(PR_SET_DUMPABLE, 1)                       # or its own /proc folder is root's
         prctl(PR_SET_PDEATHSIG, 9)
     if jail.ruleset is not None:
         apply("Landlock", call, RESTRICT_SELF, jail.ruleset, 0)

@@ -107,7 +107,7 @@ def vanish():
     """Take all that is ours out of a program's sight, and out of its garbage collector's reach."""
     for name in set(sys.modules) - FOUND_MODULES:
         del sys.modules[name]
-    for path in set(sys.path_importer_cache) - FOUND_PATHS:
+    for path in set(sys.path_importer_cache) - FOUND_PATHS - set(sys.path):
         del sys.path_importer_cache[path]
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(globals()))     # or we would be a program's first garbage
     gc.collect()

@@ -1,10 +1,9 @@
 """Log-probs of completions, each prompt run once for its whole group, the logits never built.
 
 CodeBoost's prompts are whole programs and its answers are often short, so repeating the prompt for each of G
-completions is most of an update's work. Here all tokens of a batch lie end to end, every prompt once, so that every
-projection sees N·P + R·C real tokens and no padding; the attention alone pads, and lets a completion see its prompt and
-itself. Loss and gradient are those of the plain layout, to rounding. The head sees completion positions alone, in
-chunks, so the (R, T, V) logits never exist.
+completions is most of an update's work. Here all tokens of a batch lie end to end, every prompt once: projections see
+N·P + R·C real tokens, the attention alone pads. Loss and gradient are those of the plain layout, to rounding. The head
+sees completion positions alone, in chunks, so the (R, T, V) logits never exist.
 """
 from itertools import chain
 
@@ -18,8 +17,7 @@ class TokenLogprobs(torch.autograd.Function):
     """hidden (S, D), weight (V, D), targets (S,) -> log-probs and entropies (S,) in at least fp32.
 
     The backward pass computes a chunk's logits again and turns them into its gradient on the spot: one more product
-    with the head than autograd's, in place of memory for all logits. The entropy carries no gradient. Matrix products
-    are in hidden's dtype, everything else in at least fp32.
+    than autograd's, but no memory for all logits. Matrix products are in hidden's dtype. No gradient of the entropy.
     """
 
     @staticmethod
@@ -54,85 +52,70 @@ class TokenLogprobs(torch.autograd.Function):
 def logits_in_chunks(hidden, head, temperature):
     """Yield slices of rows and their (s, V) logits over temperature; keeps no reference to what it yielded."""
     size = max(1, LOGITS_AT_ONCE.get(hidden.device.type, 2 ** 24) // head.shape[0])
-    wide = torch.promote_types(hidden.dtype, torch.float32)
     for first in range(0, hidden.shape[0], size):
         rows = slice(first, first + size)
-        yield rows, (hidden[rows] @ head.T).to(wide).div_(temperature)
+        yield rows, (hidden[rows] @ head.T).to(torch.promote_types(head.dtype, torch.float32)).div_(temperature)
 
 
 def completion_logprobs(model, prompts, completions, temperature=1.0, checkpoint=False):
     """Log-probs of R completions of N prompts -> (logprobs, entropy, mask), each (R, T).
 
-    prompts: N lists of ids, none empty; completions: R = N·G lists of ids, rows of one prompt adjacent, empty ones
-    allowed; T is the longest one's length. logprobs (at least fp32, with gradient) and entropy (without) are those of
-    softmax(logits / temperature) over the tokenizer's real vocabulary; temperature 0 stands for 1, as in the sampler.
-    mask (bool) is True for every id of a completion, EOS and pad ids included; the other slots hold 0. checkpoint=True
-    recomputes each block in the backward pass. ValueError when R is not a multiple of N, a prompt is empty or an id is
-    not in the vocabulary.
+    prompts: N lists of ids; completions: R = N·G lists of ids, rows of one prompt adjacent; T is the longest's length.
+    logprobs (at least fp32, with gradient) and entropy (without) are those of softmax(logits / temperature) over the
+    tokenizer's real vocabulary; temperature 0 stands for 1, as in the sampler. mask (bool) is True for every id, EOS
+    and pad included; other slots hold 0. checkpoint: recompute activations. ValueError for a bad R or an empty prompt.
     """
-    check_rows(prompts, completions, model.config.vocab_size, model.real_vocab_size)
+    if len(completions) % max(len(prompts), 1) or completions and not prompts:
+        raise ValueError(f"completion_logprobs: {len(completions)} completions, not a multiple of {len(prompts)}")
+    if not all(prompts):
+        raise ValueError("completion_logprobs: a prompt is empty, so nothing precedes its completions")
     device = model.head_weight.device
-    lengths = torch.tensor([len(ids) for ids in completions], dtype=torch.int64)
-    mask = torch.arange(max(lengths.tolist(), default=0)) < lengths.unsqueeze(1)    # (R, T)
+    lengths = torch.tensor([len(ids) for ids in completions], dtype=torch.int64, device=device)
+    mask = torch.arange(max(map(len, completions), default=0), device=device) < lengths.unsqueeze(1)   # (R, T)
     if not any(completions):
-        empty = torch.zeros(mask.shape, device=device)
-        return empty, empty, mask.to(device)
-    ids, positions, attention, sources = pack(prompts, completions, mask, device)
-    hidden = model.hidden_states(ids, positions, attention, checkpoint).squeeze(0).index_select(0, sources)   # (S, D)
+        return mask.float(), mask.float(), mask                                     # (R, 0)
+    ids, positions, attention, sources = pack(prompts, completions, mask)
+    hidden = model.hidden_states(ids, positions, attention, checkpoint)[0].index_select(0, sources)         # (S, D)
     if torch.is_autocast_enabled(device.type):
         hidden = hidden.to(torch.get_autocast_dtype(device.type))
     weight = model.head_weight          # read after the forward pass: under FSDP it is a shard before
     if model.real_vocab_size < weight.shape[0]:
         weight = weight[:model.real_vocab_size]     # padding rows take no part in the softmax
-    mask, targets = mask.to(device), torch.tensor(list(chain(*completions)), device=device)
+    targets = torch.tensor(list(chain(*completions)), device=device)
     logprobs, entropy = TokenLogprobs.apply(hidden, weight, targets, temperature or 1.0)
     grid = logprobs.new_zeros(mask.shape)
     # the backward pass needs the mask as it is; callers may change theirs
     return grid.masked_scatter(mask, logprobs), grid.masked_scatter(mask, entropy), mask.clone()
 
 
-def check_rows(prompts, completions, vocab_size, real_vocab_size):
-    """One clear ValueError for what would fail, or pass unnoticed, further down."""
-    if len(completions) % max(len(prompts), 1) or completions and not prompts:
-        raise ValueError(f"completion_logprobs: {len(completions)} completions are not a multiple of {len(prompts)} "
-                         f"prompts; pass the same number for each prompt")
-    if not all(prompts):
-        raise ValueError("completion_logprobs: a prompt is empty, so nothing precedes its completions; encode at least "
-                         "one token")
-    for rows, limit in ((prompts, vocab_size), (completions, real_vocab_size)):
-        for number in chain(*rows):
-            if not 0 <= number < limit:
-                raise ValueError(f"completion_logprobs: id {number} is outside the vocabulary of {limit}; encode with "
-                                 f"this model's tokenizer")
-
-
-def pack(prompts, completions, mask, device):
+def pack(prompts, completions, mask):
     """Lay all tokens end to end: every prompt, then every completion without its last id, which predicts nothing.
 
     -> ids (1, S), positions (1, S), which restart after the prompt for each completion, the attention that goes with
     them, and sources: for every completion id, in order, the slot whose hidden state predicts it.
     """
-    group_size = len(completions) // len(prompts)
+    device, group_size = mask.device, len(completions) // len(prompts)
     ids = list(chain(*prompts, *(ids[:-1] for ids in completions)))
-    lengths = torch.tensor([len(ids) for ids in prompts])                           # (N,)
-    real, own_real = torch.arange(int(lengths.max())) < lengths.unsqueeze(1), mask[:, 1:]   # (N, P), (R, T - 1)
-    slots = real.flatten().cumsum(0).view(real.shape) - 1                           # padding: any slot will do
-    own_slots = own_real.flatten().cumsum(0).view(own_real.shape) + slots.max()
+    lengths = torch.tensor([len(ids) for ids in prompts], device=device)            # (N,)
+    steps = torch.arange(max(map(len, prompts + completions)), device=device)
+    real = steps[:lengths.max()] < lengths.unsqueeze(1)                             # (N, P)
+    own_real = mask[:, 1:]                                                          # (R, T - 1)
+    slots = real.flatten().cumsum(0).view(real.shape) - 1                           # padding: that of what precedes
+    own_slots = own_real.flatten().cumsum(0).view(own_real.shape) + slots[-1, -1]
     starts = lengths.repeat_interleave(group_size).unsqueeze(1)                     # (R, 1) first position
-    positions = torch.cat([torch.arange(real.shape[1]).expand(real.shape)[real],
-                           (starts + torch.arange(own_real.shape[1]))[own_real]])
-    last = (lengths.cumsum(0) - 1).repeat_interleave(group_size).unsqueeze(1)       # (R, 1) predicts the first id
+    positions = torch.cat([steps[:real.shape[1]].expand(real.shape)[real],
+                           (starts + steps[:own_real.shape[1]])[own_real]])
+    last = slots[:, -1:].repeat_interleave(group_size, 0)                           # (R, 1) predicts the first id
     sources = torch.cat([last, own_slots], 1)[mask]
-    attention = shared_prompt_attention(slots.to(device), real.to(device), own_slots.to(device), own_real.to(device))
-    return torch.tensor([ids], device=device), positions.unsqueeze(0).to(device), attention, sources.to(device)
+    attention = shared_prompt_attention(slots, real, own_slots, own_real)
+    return torch.tensor([ids], device=device), positions.unsqueeze(0), attention, sources
 
 
 def shared_prompt_attention(slots, real, own_slots, own_real):
     """attention(layer, q, k, v) for `pack`'s tokens: prompts are causal, and a completion sees its prompt and itself.
 
-    Slots of prompts (N, P) and of completions (R, T - 1), and which of them are real. Keys and values of a prompt are
-    repeated for its G completions, so that gradient flows back into them; the projections, nearly all the work, run
-    once, and scores of one completion on another are never computed.
+    Slots of prompts (N, P) and of completions (R, T - 1), and which are real. A prompt's keys and values are repeated
+    for its G completions, with gradient; the projections, nearly all the work, run once.
     """
     (num_rows, width), group_size = own_slots.shape, len(own_slots) // len(slots)
     see_prompt = real.repeat_interleave(group_size, 0)[:, None, None, :].expand(-1, -1, width, -1)

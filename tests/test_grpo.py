@@ -323,9 +323,7 @@ def test_gradient_equals_finite_differences(float64, name):
 
 
 @pytest.mark.parametrize("prompts, completions, message", [
-    (PROMPTS, COMPLETIONS[:4], "not a multiple"), ([], [[1]], "not a multiple"),
-    ([[]], [[1]], "prompt is empty"), ([[1]], [[40]], "id 40 is outside the vocabulary of 40"),
-    ([[-1]], [[1]], "id -1 is outside the vocabulary of 48")])
+    (PROMPTS, COMPLETIONS[:4], "not a multiple"), ([], [[1]], "not a multiple"), ([[]], [[1]], "prompt is empty")])
 def test_bad_rows_are_refused_in_one_line(prompts, completions, message):
     with pytest.raises(ValueError, match=message) as error:
         completion_logprobs(tiny(), prompts, completions)
@@ -375,8 +373,6 @@ def test_dual_clip_bounds_the_loss_of_bad_tokens():
     options = [torch.zeros(1, 1), torch.tensor([-1.0]), torch.ones(1, 1)]
     assert policy_loss(logs, *options)[0].item() == pytest.approx(3.0)
     assert policy_loss(logs, *options, dual_clip=None)[0].item() == pytest.approx(math.exp(2))
-    with pytest.raises(ValueError, match="dual_clip"):
-        policy_loss(logs, *options, dual_clip=0.5)
 
 
 def test_k3_has_the_gradient_of_the_kl_from_the_reference():
@@ -453,12 +449,11 @@ def test_an_overflowing_ratio_stays_finite():
 
 # ---------------------------------------------------------------------------- the update
 
-@pytest.mark.parametrize("mean_over", ["tokens", "completions", 7])
-def test_micro_batches_never_change_the_gradient(monkeypatch, mean_over):
+def test_micro_batches_never_change_the_gradient(monkeypatch):
     model, found = tiny(), []
     for budget, count in ((10 ** 6, 1), (25, 2), (1, 3)):
         gradient, metrics = update_gradient(monkeypatch, model, spread_advantages(),
-                                            micro_batch_tokens=budget, mean_over=mean_over)
+                                            micro_batch_tokens=budget)
         assert metrics["micro_batches"] == count
         found.append((gradient, metrics))
     for gradient, metrics in found[1:]:
@@ -592,7 +587,7 @@ def test_the_kl_pulls_towards_the_reference():
            for _ in range(5)]
     assert kls[0] > 0 and kls[-1] < kls[0], "with next to no advantage the KL must fall"
     assert all(p.grad is None for p in start.parameters()), "the reference gets no gradient"
-    with pytest.raises(ValueError, match="ref_model is missing"):
+    with pytest.raises(ValueError, match="ref_logprobs is missing .*ref_model"):
         update(model, optimizer, PROMPTS, rows, spread_advantages(), kl_coef=1.0)
 
 
@@ -606,15 +601,6 @@ def test_learning_raises_the_probability_of_what_was_rewarded():
         update(model, optimizer, PROMPTS, rollouts(model), group_advantages(rewards))
     after = completion_logprobs(model, PROMPTS, COMPLETIONS)[0].detach()[good].sum(1)
     assert (after > before).all(), "advantages must reach the rows they belong to"
-
-
-def test_misfitting_arguments_are_refused():
-    model = tiny()
-    with pytest.raises(ValueError, match="do not fit advantages"):
-        update(model, None, PROMPTS, rollouts(model), torch.ones(2, 4))
-    with pytest.raises(ValueError, match="mean_over"):
-        update(model, torch.optim.SGD(model.parameters(), 0.1), PROMPTS, rollouts(model),
-               spread_advantages(), mean_over="rows")
 
 
 # ---------------------------------------------------------------------------- many processes

@@ -28,15 +28,15 @@ ERRORS = {"SyntaxError", "IndexError", "ValueError", "NameError", "TypeError", "
 PROGRAM = "The file `main.py` holds this program:\n\n```python\n{program}```\n\n"
 NO_INPUT = "It is run with `python main.py`; standard input is empty.\n\n"
 STDIN = "It is run with `python main.py`; standard input is:\n\n```stdin\n{stdin}```\n\n"
-FORWARD = ("Predict exactly what this run writes. End your answer with two fenced blocks, tagged `stdout` and `stderr`, "
-           "that hold the exact text of each stream. Both blocks are required: where nothing is written to a stream, "
-           "its block is empty. The form of the answer:\n\n")
-FORWARD_STDOUT = ("Predict exactly what this run writes to standard output. End your answer with a fenced block, tagged "
-                  "`stdout`, that holds the exact text. The form of the answer:\n\n")
+FORWARD = ("Predict exactly what this run writes. End your answer with two fenced blocks, tagged `stdout` and "
+           "`stderr`, that hold the exact text of each stream. Both blocks are required: where nothing is written to a "
+           "stream, its block is empty. The form of the answer:\n\n")
+FORWARD_STDOUT = ("Predict exactly what this run writes to standard output. End your answer with a fenced block, "
+                  "tagged `stdout`, that holds the exact text. The form of the answer:\n\n")
 BACKWARD = ("Each placeholder `<line_1>`, `<line_2>` and so on hides one line of the program. With the hidden lines in "
             "place, the run writes this:\n\n")
-RESTORE = ("Find the hidden lines. End your answer with one fenced block for each, tagged with its name, that holds this "
-           "one line of code with its indentation and nothing else. The form of the answer:\n\n")
+RESTORE = ("Find the hidden lines. End your answer with one fenced block for each, tagged with its name, that holds "
+           "this one line of code with its indentation and nothing else. The form of the answer:\n\n")
 BLOCK = "```{tag}\n{text}```\n"
 EXAMPLE = {"stdout": "<text>\n", "stderr": "<text, or nothing>\n", "line": "<code>\n"}
 

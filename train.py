@@ -40,6 +40,7 @@ from tasks import render_answer
 
 HERE = Path(__file__).parent
 BUNDLED_LR, PAPER_LR = 2e-4, 1e-6                # a 3 M-parameter model learns nothing at the paper's rate
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 EVAL_SAMPLES = 2                                 # completions of a held-out task at T = 1, besides the greedy one
 
 
@@ -81,15 +82,14 @@ PRESETS = {"paper": dict(prompts=512, group_size=5, updates=4, max_prompt_tokens
 
 
 def main():
-    started = time.time()
+    started, stop = time.time(), catch_interrupt()
     with one_line_errors():
         settings, run, fingerprint = read_settings()
         tokenizer = Tokenizer.from_pretrained(settings.model)
         model = GPT.from_pretrained(settings.model, device=settings.device)            # fp32 masters
-        compute = {"fp32": torch.float32, "bf16": torch.bfloat16}[settings.dtype]
+        compute = DTYPES[settings.dtype]
         reference = GPT.from_pretrained(settings.model, settings.device, compute) if settings.kl_coef else None
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=0.01)
-    stop = catch_interrupt()
 
     with Sandbox(timeout=2.0) as sandbox:
         missing = [f"{layer} ({reason})" for layer, reason in sandbox.report().items() if reason]
@@ -144,9 +144,7 @@ def main():
                 save_checkpoint(run / f"checkpoints/step_{step}", model, optimizer, step)
                 prune_checkpoints(run, settings.keep)
             if stop.is_set() and step < settings.steps:
-                print(f"stopped after step {step}; continue with: python train.py --resume {run}")
-                return
-
+                return print(f"stopped after step {step}; continue with: python train.py --resume {run}")
         finish(settings, run, model, heldout, sandbox, started)
 
 
@@ -191,21 +189,20 @@ def read_settings():
 
 def check_settings(settings):
     """ValueError for the first value out of its range, with the nearest legal one."""
-    least = dict(steps=1, prompts=1, group_size=2, updates=1, max_prompt_tokens=1, max_new_tokens=1, kl_coef=0,
-                 clip_low=0, clip_high=0, micro_batch_tokens=1, min_lines=0, max_masked=1, eval_every=1, eval_tasks=0,
-                 save_every=1, keep=1, seed=0, temperature=1e-3, lr=1e-12, threshold=1e-3)
+    least = dict(group_size=2, kl_coef=0, clip_low=0, clip_high=0, min_lines=0, eval_tasks=0, seed=0, temperature=1e-3,
+                 lr=1e-12, threshold=1e-3)       # of the others 1
     most = dict(threshold=1, clip_low=1)
     for name, value in vars(settings).items():
-        low, high = least.get(name, -math.inf), most.get(name, math.inf)
-        if isinstance(value, (int, float)) and not (low <= value <= high and abs(value) < math.inf):
+        low, high = least.get(name, 1), most.get(name, math.inf)
+        if type(value) in (int, float) and not (low <= value <= high and value < math.inf):
             raise ValueError(f"--{name.replace('_', '-')} {value} must be at least {low}"
                              + (f" and at most {high}" if name in most else ""))
     if settings.prompts % settings.updates:
         nearest = settings.prompts // settings.updates * settings.updates or settings.updates
         raise ValueError(f"--prompts {settings.prompts} isn't a multiple of --updates {settings.updates}; "
                          f"the nearest is {nearest}")
-    if settings.dtype not in ("fp32", "bf16"):
-        raise ValueError(f"--dtype {settings.dtype} must be fp32 or bf16")
+    if settings.dtype not in DTYPES:
+        raise ValueError(f"--dtype {settings.dtype} must be {' or '.join(DTYPES)}")
     if settings.device != "cpu" and not (settings.device.startswith("cuda") and torch.cuda.is_available()):
         raise ValueError(f"--device {settings.device} isn't available here; use cpu")
 
@@ -216,10 +213,8 @@ def resume_settings(run, given):
         config = json.loads((run / "config.json").read_text(encoding="utf-8"))
         fingerprint = config.pop("fingerprint")
         settings = Settings(**config)
-    except FileNotFoundError:
-        raise ValueError(f"--resume {run}: no run there (it has no config.json)") from None
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{run / 'config.json'} isn't a run's config: {error}") from None
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"--resume {run}: no run there, its config.json can't be used: {error}") from None
     for name, value in given.items():
         if value != config.get(name) and not (name == "steps" and value > settings.steps):
             raise ValueError(f"--{name.replace('_', '-')} {value} differs from the run's {config.get(name)}: "
@@ -248,7 +243,6 @@ def one_line_errors():
 def catch_interrupt():
     """An event that the first Ctrl-C sets; the second one stops at once."""
     stop = threading.Event()
-
     def handle(number, frame):
         if stop.is_set():
             raise KeyboardInterrupt
@@ -283,8 +277,7 @@ def summarize_step(rewards, rollouts, totals, learned, dropped, clock):
             "lost": len(rewards) - len(kept), "dropped_tasks": dict(sorted(dropped.items()))}
     for name, start, end in zip(("tasks", "generate", "reward", "update"), clock, clock[1:]):
         row[f"seconds_{name}"] = round(end - start, 3)
-    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else \
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = torch.cuda.max_memory_allocated() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {**row, "tokens_per_second": round(tokens / (clock[-1] - clock[0]), 1), "memory_mb": round(peak / 2**20)}
 
 
@@ -292,11 +285,10 @@ def sample_rows(step, tasks, texts, rewards, group_size):
     """The first two rollouts of each of a step's first two tasks, with what each part of the reward was."""
     rows = []
     for r in (0, 1, group_size, group_size + 1)[:2 * len(tasks)]:
-        task, parts = tasks[r // group_size], vars(rewards[r]).copy()
-        parts["reward"] = None if rewards[r].lost else parts["total"]
-        del parts["total"]
+        task, parts = tasks[r // group_size], dict(vars(rewards[r]))
+        total = parts.pop("total")
         rows.append({"step": step, "kind": task.kind, "prompt": task.prompt, "completion": texts[r],
-                     "answer": render_answer(task), **parts})
+                     "answer": render_answer(task), "reward": None if rewards[r].lost else total, **parts})
     return rows
 
 
@@ -309,8 +301,7 @@ def print_step(row, steps):
           f"{sum(seconds):.1f} s ({' + '.join(f'{s:.1f}' for s in seconds)}) "
           f"{row['tokens_per_second']:.0f} tokens/s {row['memory_mb']} MB | loss {show(row['loss'], 4)}", flush=True)
     if (row["logprob_gap"] or 0) > 0.1:
-        print(f"warning: the sampler's log-probs differ from the trainer's by {row['logprob_gap']:.3f} on average "
-              "(healthy: below 0.02); try --dtype fp32")
+        print(f"warning: sampler and trainer differ by {row['logprob_gap']:.3f} nats a token; try --dtype fp32")
 
 
 def mean(values):
@@ -330,33 +321,26 @@ def finish(settings, run, model, heldout, sandbox, started):
     before = [row for row in rows if row["step"] == 0]
     after = [row for row in rows if row["step"] == settings.steps]
     constant, _ = constant_answer_reward(heldout.tasks, sandbox, {"pay_silence": settings.pay_silence})
-    summary = {"steps": settings.steps, "seconds": round(time.time() - started),
-               "constant_answer_reward": constant, "heldout_tasks": len(before)}
+    summary = {"steps": settings.steps, "seconds": round(time.time() - started), "constant_answer_reward": constant}
     for name in ("reward", "exact"):
         old, new, low, high = paired_change([row[name] for row in before], [row[name] for row in after])
         summary |= {f"heldout_{name}_before": old, f"heldout_{name}_after": new,
                     f"heldout_{name}_change_low": low, f"heldout_{name}_change_high": high}
-    for moment, part in (("before", before), ("after", after)):
-        summary[f"greedy_exact_{moment}"] = mean(row["greedy_exact"] for row in part)
-    print(f"\n{'held-out tasks':24} {'count':>5}  exact at T = 1    greedy exact      reward")
-    groups = {"all": lambda row: True, "new variants": lambda row: row["set"] == "variants",
-              "unseen families": lambda row: row["set"] == "families", "forward": lambda row: row["kind"] == "forward",
-              "backward": lambda row: row["kind"] == "backward", "error": lambda row: row["kind"] == "error"}
-    for title, belongs in groups.items():
-        pair = [list(filter(belongs, part)) for part in (before, after)]
+    summary |= {f"greedy_exact_{moment}": mean(row["greedy_exact"] for row in part)
+                for moment, part in (("before", before), ("after", after))}
+    print(f"\n{'held-out tasks':14} {'count':>5}  exact at T = 1    greedy exact      reward")
+    for title in ("all", "variants", "families", "forward", "backward", "error"):
+        pair = [[row for row in part if title in ("all", row["set"], row["kind"])] for part in (before, after)]
         cells = [" -> ".join(show(mean(row[name] for row in part)) for part in pair)
                  for name in ("exact", "greedy_exact", "reward")]
-        print(f"{title:24} {len(pair[0]):5}  {cells[0]:17} {cells[1]:17} {cells[2]}")
+        print(f"{title:14} {len(pair[0]):5}  {cells[0]:17} {cells[1]:17} {cells[2]}")
     print(f"best constant answer: reward {show(constant)}")
-    write_text(run / "summary.json", json.dumps(summary, indent=2) + "\n")
-    try:
+    with contextlib.suppress(ImportError):       # matplotlib is optional
         plot([run], run / "curves.png")
-    except ImportError:
-        print("no curves.png: matplotlib isn't installed")
-    print(f"everything is in {run}: config.json metrics.jsonl samples.jsonl heldout.jsonl summary.json model/")
-    if summary["heldout_exact_before"] is not None:
-        old, new, low, high = (summary[f"heldout_exact_{part}"] for part in
-                               ("before", "after", "change_low", "change_high"))
+    write_text(run / "summary.json", json.dumps(summary, indent=2) + "\n")
+    print(f"everything is in {run}: " + " ".join(sorted(path.name for path in run.iterdir())))
+    old, new, low, high = paired_change([row["exact"] for row in before], [row["exact"] for row in after])
+    if old is not None:
         print(f"held-out exact {old:.2f} -> {new:.2f}, change {new - old:+.2f} [{low:+.2f}, {high:+.2f}]")
 
 

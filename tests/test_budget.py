@@ -18,14 +18,24 @@ def lines(path):
     return path.read_text().count("\n")
 
 
+def code_lines(path):
+    """Lines that hold code: blank lines, comments and docstrings cost nothing, so that nobody saves on reasons."""
+    text = path.read_text()
+    quiet = {number for number, line in enumerate(text.split("\n"), 1) if not line.strip() or line.strip()[0] == "#"}
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+            quiet |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    return lines(path) - len(quiet - {lines(path) + 1})
+
+
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.name)
 def test_a_file_fits_on_a_few_screens(path):
     assert lines(path) <= 350, f"{path.name} has {lines(path)} lines; simplify it before splitting it"
 
 
 def test_all_root_modules_together():
-    total = sum(map(lines, MODULES))
-    assert total <= 3500, f"{total} lines at the root"
+    total = sum(map(code_lines, MODULES))
+    assert total <= 3500, f"{total} lines of code at the root"
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.name)
@@ -71,9 +81,9 @@ def test_only_the_listed_packages_at_run_time(path):
 
 
 def test_the_sandbox_needs_the_standard_library_alone():
-    for name in ("jail.py", "sandbox.py", "server.py"):
+    for name in ("jail.py", "sandbox.py", "server.py", "harness.py"):
         if (ROOT / name).exists():
-            own = {"jail", "server"}
+            own = {"jail", "server", "harness"}
             foreign = {m for m, _ in imported(ROOT / name)} - own - set(sys.stdlib_module_names)
             assert not foreign, f"{name} imports {foreign}"
 

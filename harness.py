@@ -23,7 +23,8 @@ RETURNS = (83, 121)             # the opcodes RETURN_VALUE and (Python 3.12) RET
 HOOKS = tuple(map(id, (sys.excepthook, sys.stdout, sys.stderr)))    # ids: a reference would keep a stream open
 MRO = type.__dict__["__mro__"].__get__
 NAME = type.__dict__["__name__"].__get__
-BUILTIN_ERRORS = {kind: name for name, kind in vars(builtins).items() if BaseException in getattr(kind, "__mro__", ())}
+# by their own names: IOError is another name of OSError
+BUILTIN_ERRORS = {kind: kind.__name__ for kind in vars(builtins).values() if BaseException in getattr(kind, "__mro__", ())}
 
 
 def write_all(fd, data):

@@ -149,7 +149,6 @@ def main():
 
 
 # ---- Settings ----
-
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         """One line, and the exit status of a user's mistake."""

@@ -24,7 +24,8 @@ HOOKS = tuple(map(id, (sys.excepthook, sys.stdout, sys.stderr)))    # ids: a ref
 MRO = type.__dict__["__mro__"].__get__
 NAME = type.__dict__["__name__"].__get__
 # by their own names: IOError is another name of OSError
-BUILTIN_ERRORS = {kind: kind.__name__ for kind in vars(builtins).values() if BaseException in getattr(kind, "__mro__", ())}
+BUILTIN_ERRORS = {kind: kind.__name__ for kind in vars(builtins).values()
+                  if BaseException in getattr(kind, "__mro__", ())}
 
 
 def write_all(fd, data):

@@ -710,11 +710,12 @@ def test_soak_grows_nothing():
     with Sandbox(timeout=5) as sandbox:
         sizes = []
         for round_ in range(10):
-            got = sandbox.run_many([(programs[i % len(programs)], "") for i in range(5000)])
-            assert {g.status for g in got} <= {"ok", "error", "memory", "output"}
+            for _ in range(50):
+                got = sandbox.run_many([(programs[i % len(programs)], "") for i in range(100)])
+                assert {g.status for g in got} <= {"ok", "error", "memory", "output"}
             pids = [str(os.getpid())] + [str(s.process.pid) for servers in sandbox.idle for s in servers.values()]
             pids += [p for pid in pids[1:] for p in open(f"/proc/{pid}/task/{pid}/children").read().split()]
             pages = sum(int(open(f"/proc/{pid}/statm").read().split()[1]) for pid in pids)
             sizes.append((pages, leftovers(), [len(os.listdir(f"/proc/{pid}/fd")) for pid in pids]))
         assert sizes[-1][1:] == sizes[1][1:]
-        assert sizes[-1][0] < 1.05 * sizes[1][0], "resident pages of the owner and its servers"
+        assert sizes[-1][0] < 1.1 * sizes[1][0], "resident pages of the owner and its servers"

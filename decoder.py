@@ -125,7 +125,7 @@ class Decoder:
 
     def logits(self, x):
         """x (B, D) from the last layer -> (B, V') fp32, V' = whole blocks, padding -inf."""
-        logits = F.linear(self.norm(x, self.weights["norm"]), self.head).float()
+        logits = linear(self.norm(x, self.weights["norm"]), self.head).float()
         logits[:, self.model.real_vocab_size:] = -math.inf
         return logits
 
@@ -184,7 +184,7 @@ class Decoder:
     def qkv(self, layer, x, cos, sin):
         """x (…, D) -> fp32 q (…, H, d), k and v (…, K, d), q and k turned by their positions."""
         K = self.config.num_key_value_heads
-        x = F.linear(self.norm(x, layer["norm"]), layer["qkv"], layer.get("qkv_bias"))
+        x = linear(self.norm(x, layer["norm"]), layer["qkv"], layer.get("qkv_bias"))
         x = x.float().unflatten(-1, (-1, self.config.head_dim))
         qk, v = x[..., :-K, :], x[..., -K:, :]
         if self.config.qk_norm:
@@ -216,9 +216,16 @@ class Decoder:
 
     def finish_layer(self, layer, x, out):
         """What follows attention: x (…, D) and out (…, H * d) -> (…, D)."""
-        x = x + F.linear(out, layer["out"])
-        gate, up = F.linear(self.norm(x, layer["mlp_norm"]), layer["gate_up"]).chunk(2, -1)
-        return x + F.linear(F.silu(gate).mul_(up), layer["down"])
+        x = x + linear(out, layer["out"])
+        gate, up = linear(self.norm(x, layer["mlp_norm"]), layer["gate_up"]).chunk(2, -1)
+        return x + linear(F.silu(gate).mul_(up), layer["down"])
+
+
+def linear(x, weight, bias=None):
+    """F.linear, which on the CPU takes a third longer than `mv` for a single bf16 row."""
+    if x.dim() == 2 and len(x) == 1 and bias is None:
+        return torch.mv(weight, x[0]).unsqueeze(0)
+    return F.linear(x, weight, bias)
 
 
 def fused_parameters(model):

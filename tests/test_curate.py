@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 import networkx
+import numpy as np
 import pytest
 from hypothesis import given, settings, strategies
 
@@ -198,7 +199,8 @@ def test_a_small_budget_still_bounds_the_optimum():
     for budget in (1, 10, 100, 1000, 10_000):
         for density in (0.3, 0.7, 0.95):
             neighbors = bit_sets(40, random_graph(40, density, rng))
-            clique, bound = room._search(neighbors, budget)
+            matrix = np.array([[row >> w & 1 for w in range(40)] for row in neighbors])
+            clique, bound = room._search(matrix, budget)
             assert all(neighbors[a] >> b & 1 for a, b in itertools.combinations(clique, 2))
             assert len(clique) <= len(maximum_clique(neighbors)) <= bound
 

@@ -94,7 +94,8 @@ def child(pipe, build, n, edges):
 def timed(build, n, edges, limit):
     """"SECONDS (SIZE)" of one solver in a process of its own, or why there is none."""
     here, there = multiprocessing.Pipe()
-    process = multiprocessing.get_context("fork").Process(target=child, args=(there, build, n, edges))
+    context = multiprocessing.get_context("fork")
+    process = context.Process(target=child, args=(there, build, n, edges))
     process.start()
     answer = here.recv()
     if answer == "ready":
@@ -122,14 +123,14 @@ def library_functions():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--seconds", type=float, default=60, help="limit of one solver on one graph")
+    parser.add_argument("--seconds", type=float, default=60, help="limit of a solver on a graph")
     parser.add_argument("--snippets", help="what the code graphs are of, else library functions")
     parser.add_argument("--sizes", type=int, nargs="*", default=[400, 2000], help="of code graphs")
     options = parser.parse_args()
     print(" " * 19 + " ".join(f"{name:>17}" for name in SOLVERS))
     rng = random.Random(0)
-    for n, p in ((200, 0.1), (200, 0.5), (200, 0.7), (200, 0.8), (500, 0.1), (500, 0.5), (1000, 0.01),
-                 (1000, 0.1), (1000, 0.3)):
+    for n, p in ((200, 0.1), (200, 0.5), (200, 0.7), (200, 0.8), (500, 0.1), (500, 0.5),
+                 (1000, 0.01), (1000, 0.1), (1000, 0.3)):
         edges = [edge for edge in itertools.combinations(range(n), 2) if rng.random() < p]
         row(f"G({n}, {p})", n, edges, options.seconds)
     codes = library_functions()

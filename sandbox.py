@@ -304,7 +304,7 @@ class Batch:
             timeout = self.jobs[server.index].timeout or self.sandbox.timeout
             if now > server.deadline:
                 self.fail(servers, server)
-            elif now - server.started > min(timeout / 2, max(0.1, 5 * usual)):
+            elif now - server.started > min(timeout / 2, max(0.25, 5 * usual)):
                 self.set_aside(server)
 
     def hear(self, servers, server):

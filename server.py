@@ -231,7 +231,7 @@ class Running:
                 tick = time.monotonic() + TICK
                 if unshared_mb() > memory_mb:
                     return "memory"
-                if not told and processor_seconds(self.pid) < TICK / 5:
+                if not told and waits(self.pid):
                     harness.write_all(control, b"waiting\n")        # the owner may run another job meanwhile
                     told = True
 
@@ -249,11 +249,14 @@ class Running:
         return [data[:OUTPUT_BYTES] for data in self.output.values()]
 
 
-def processor_seconds(pid):
+def waits(pid):
+    """Whether a process sleeps and has used little of the processor; one that only lacks its turn does not wait."""
     try:
-        return time.clock_gettime(~pid << 3 | 2)            # the clock of that process's processor time
+        with open(f"/proc/{pid}/stat") as file:
+            state = file.read().rpartition(") ")[2][0]
+        return state != "R" and time.clock_gettime(~pid << 3 | 2) < TICK / 5     # its clock of processor time
     except OSError:
-        return TICK
+        return False
 
 
 def unshared_mb():

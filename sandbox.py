@@ -1,4 +1,4 @@
-"""Run hostile programs, many, fast, with the output of `python main.py` byte for byte.
+"""Run hostile programs, many, fast, with the output of `python main.py` byte for byte:
 
     with Sandbox() as sandbox:
         execution = sandbox.run("print(input())", stdin="hello\\n")
@@ -178,6 +178,8 @@ class Server:
         self.socket.close()
         if self.process is not None:
             with self.process:                  # leaving this waits for it and closes its pipes
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self.process.wait(2)        # without its socket the server ends, then its parent cleans up
                 self.process.kill()
 
 
@@ -190,8 +192,8 @@ class Sandbox:
     """
 
     def __init__(self, workers=None, timeout=5.0, memory_mb=512, isolation="auto"):
-        if workers is None:
-            workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        workers = cores if workers is None else workers
         for name, value, least in (("workers", workers, 1), ("memory_mb", memory_mb, 64)):
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} must be an integer of at least {least}, not {value!r}")
@@ -228,7 +230,6 @@ class Sandbox:
             return self.server(self.idle[0], 0).layers
 
     def run(self, code, stdin="", timeout=None):
-        """Run one program; see run_many."""
         return self.run_many([Job(code, stdin, timeout=timeout)])[0]
 
     def run_many(self, jobs):
@@ -261,8 +262,7 @@ class Batch:
 
     def __init__(self, sandbox, jobs):
         self.sandbox, self.jobs, self.results = sandbox, jobs, [None] * len(jobs)
-        self.waiting = [(index, 1) for index in reversed(range(len(jobs)))]
-        self.at_work = 0
+        self.waiting, self.at_work = [(index, 1) for index in reversed(range(len(jobs)))], 0
         self.ended, self.ended_seconds = 0, 0.0         # of jobs that ended by themselves
         self.selector = selectors.DefaultSelector()     # of servers with a job
         self.running = self.selector.get_map()
@@ -312,10 +312,10 @@ class Batch:
             execution = server.receive(self.jobs[server.index].trace)
         except (OSError, ValueError):
             return self.fail(servers, server)
+        if server.waits:
+            self.set_aside(server)
         if execution is not None:
             self.settle(servers, server, execution)
-        elif server.waits:
-            self.set_aside(server)
 
     def fail(self, servers, server):
         """The server died or hangs."""

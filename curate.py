@@ -47,7 +47,7 @@ def load_snippets(path, *, min_lines=0, min_chars=0, max_bytes=1_000_000, droppe
     if path.is_dir() or path.suffix == ".py":
         rows = _read_python(path, max_bytes, dropped)
     else:
-        rows = _read_csv(path, dropped) if path.suffix == ".csv" else _read_jsonl(path)
+        rows = _read_csv(path, dropped) if path.suffix.lower() == ".csv" else _read_jsonl(path)
     snippets = []
     for where, code, cases, source in rows:
         if not isinstance(code, str) or not isinstance(source, str):

@@ -87,8 +87,12 @@ def child(pipe, build, n, edges):
         return
     pipe.send("ready")
     start = time.perf_counter()
-    size = solve()
-    pipe.send((time.perf_counter() - start, size))
+    try:
+        size = solve()
+    except RecursionError:              # networkx recurses once a vertex of the clique
+        pipe.send("RecursionError")
+    else:
+        pipe.send(f"{time.perf_counter() - start:.3f} s ({size})")
 
 
 def timed(build, n, edges, limit):
@@ -99,7 +103,7 @@ def timed(build, n, edges, limit):
     process.start()
     answer = here.recv()
     if answer == "ready":
-        answer = "%.3f s (%d)" % here.recv() if here.poll(limit) else f"> {limit:.0f} s"
+        answer = here.recv() if here.poll(limit) else f"> {limit:.0f} s"
     process.kill()
     process.join()
     return answer

@@ -41,7 +41,7 @@ from tasks import render_answer
 HERE = Path(__file__).parent
 BUNDLED_LR, PAPER_LR = 3e-5, 1e-6                # a 3 M-parameter model learns nothing at the paper's rate
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-EVAL_SAMPLES = 2                                 # completions of a held-out task at T = 1, besides the greedy one
+EVAL_SAMPLES = 1                                 # completions of a held-out task at T = 1, besides the greedy one
 
 
 @dataclass

@@ -5,6 +5,7 @@ Snippets are read, tried once, curated and split by family (paper, section 3.1);
 """
 import hashlib
 import random
+import sys
 from collections import Counter
 from dataclasses import dataclass
 
@@ -55,22 +56,26 @@ class Heldout:
 
 
 def make_heldout(settings, train, held, tokenizer, sandbox):
-    """Tasks of held-out families and, under seeds that training never draws, of training snippets, half and half."""
-    found = {}                                   # prompt -> (task, set): a dict, so that no task counts twice
-    wanted = {"families": settings.eval_tasks // 2 if held else 0}
-    wanted["variants"] = settings.eval_tasks - wanted["families"]
-    for name, snippets in (("families", held), ("variants", train)):
-        rng = random.Random(f"heldout {name} {settings.seed}")
-        missing = wanted[name]
+    """Tasks of held-out families and, under seeds that training never draws, of training snippets, half and half.
+
+    No task counts twice. Of the variants that the draws found at most half are held out: a corpus of one snippet has few,
+    and training must find some that aren't.
+    """
+    heldout = Heldout([], [])
+    families = settings.eval_tasks // 2 if held else 0
+    for name, snippets, wanted in (("families", held, families), ("variants", train, settings.eval_tasks - families)):
+        rng, found = random.Random(f"heldout {name} {settings.seed}"), {}              # found: prompt -> task
+        goal = wanted if name == "families" else 2 * wanted
         for _ in range(8):
-            if missing <= 0:
+            if len(found) >= goal:
                 break
-            pairs = [(rng.choice(snippets), 2**40 + rng.getrandbits(40)) for _ in range(2 * missing)]
+            pairs = [(rng.choice(snippets), 2**40 + rng.getrandbits(40)) for _ in range(goal + 4)]
             for task in usable_tasks(settings, pairs, tokenizer, sandbox, Counter()):
-                if missing > 0 and task.prompt not in found:
-                    found[task.prompt] = task, name
-                    missing -= 1
-    return Heldout([task for task, _ in found.values()], [name for _, name in found.values()])
+                found.setdefault(task.prompt, task)
+        kept = list(found.values())[:min(wanted, len(found) if name == "families" else len(found) // 2)]
+        heldout.tasks += kept
+        heldout.sets += [name] * len(kept)
+    return heldout
 
 
 def usable_tasks(settings, pairs, tokenizer, sandbox, dropped):
@@ -99,8 +104,9 @@ def draw_tasks(settings, step, snippets, heldout, tokenizer, sandbox):
         if len(tasks) >= settings.prompts:
             tasks = tasks[:settings.prompts]
             return tasks, [encode_prompt(tokenizer, task) for task in tasks], dropped
-    raise SystemExit(f"train.py: step {step} found only {len(tasks)} of {settings.prompts} tasks ({dict(dropped)}); "
-                     "give more snippets, or a larger --max-prompt-tokens")
+    print(f"train.py: step {step} found only {len(tasks)} of {settings.prompts} tasks ({dict(dropped)}); "
+          "give more snippets, or a larger --max-prompt-tokens", file=sys.stderr)
+    sys.exit(2)
 
 
 def encode_prompt(tokenizer, task):

@@ -144,6 +144,8 @@ def test_one_usable_snippet_is_enough(tmp_path):
                                 "inputs": [{"input": "42\n"}, {"input": "17\n"}], "source": "one"}) + "\n")
     printed = run("--snippets", path, "--out", tmp_path / "r", "--steps", 1, *SMALL)
     assert "1 to train on, 0 of held-out families" in printed
+    path.write_text(json.dumps({"code": "a = 'x'\nb = 'y'\nc = 'z'\nprint(a, b, c)\n", "source": "no variants"}) + "\n")
+    run("--snippets", path, "--out", tmp_path / "s", "--steps", 1, *SMALL)
 
 
 def test_a_folder_of_ordinary_files_is_counted_by_reason(tmp_path):

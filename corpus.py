@@ -58,8 +58,8 @@ class Heldout:
 def make_heldout(settings, train, held, tokenizer, sandbox):
     """Tasks of held-out families and, under seeds that training never draws, of training snippets, half and half.
 
-    No task counts twice. Of the variants that the draws found at most half are held out: a corpus of one snippet has few,
-    and training must find some that aren't.
+    No task counts twice. Of the variants that the draws found at most half are held out: a corpus of one snippet has
+    few, and training must find some that aren't.
     """
     heldout = Heldout([], [])
     families = settings.eval_tasks // 2 if held else 0

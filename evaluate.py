@@ -187,7 +187,9 @@ def run_programs(programs, sandbox, timeout=TIMEOUT):
     """Whether each program ends normally after its last line: True or False; None where the sandbox lost it."""
     word = secrets.token_hex(16)
     end = f"\n\n__import__('sys').__stdout__.write('\\n{word}\\n')\n"
-    jobs = [Job(program.encode("utf-8", "replace").decode() + end, timeout=timeout) for program in programs]
+    # what the sandbox refuses and Python couldn't read either: lone surrogates, NUL
+    texts = [program.encode("utf-8", "replace").decode().replace("\0", "?") for program in programs]
+    jobs = [Job(text + end, timeout=timeout) for text in texts]
     return [None if run.status == "lost" else run.status == "ok" and word in run.stdout.split("\n")
             for run in sandbox.run_many(jobs)]
 

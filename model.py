@@ -121,8 +121,8 @@ def apply_rope(x, cos, sin):
 
 
 def rms_norm(x, weight, eps):
-    """x (..., D) over its root mean square, times weight (D,): fp32 inside, as transformers."""
-    wide = x.float()                            # F.rms_norm gives the same numbers, slower on the CPU
+    """x (..., D) over its root mean square, times weight (D,): at least fp32 inside, as transformers."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))     # F.rms_norm: the same numbers, slower on the CPU
     wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     return weight * wide.to(x.dtype)
 

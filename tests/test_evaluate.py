@@ -92,7 +92,7 @@ def test_canonical_solutions_pass(benchmark, n, sandbox):
     ("cruxeval-i", "assert 'x==y' == 'x==y'"),                                        # no call of f
     ("cruxeval-i", "[ANSWER]\nassert (f('', '') or 'x==y') == 'x==y'\n[/ANSWER]"),
     ("humaneval", "    return xs[-1]\n"), ("humaneval", "    pass\n"), ("humaneval", ""),
-    ("mbpp", "```python\ndef plus(a, b):\n    return 3\n```"), ("mbpp", "I can't."), ("mbpp", "\ud800"),
+    ("mbpp", "```python\ndef plus(a, b):\n    return 3\n```"), ("mbpp", "I can't."), ("mbpp", "\ud800"), ("mbpp", "\0"),
     ("mbppplus", "```python\ndef mid(xs, n):\n    return (sum(xs) / len(xs), 'tuple')\n```"),
 ])
 def test_wrong_answers_fail(benchmark, completion, sandbox):

@@ -1,7 +1,7 @@
 """Make the bundled model, `data/tiny`: a tokenizer and a small qwen2 that already answers in the right format.
 
     python -m data.make_tiny                     # about an hour on 2 cores; run again to resume
-    python -m data.make_tiny --steps 200 --out /tmp/tiny --tasks 2000     # a quick look
+    python -m data.make_tiny --steps 200 --out runs/tiny --tasks 2000     # a quick look
 
 Tokenizer: byte-level BPE, digits one by one, the prompts' fixed sentences as single tokens. Warm-up: next-token loss
 on tasks that tasks.py made and the sandbox answered, from the bundled training families under augmentation and from

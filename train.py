@@ -319,10 +319,10 @@ def finish(settings, run, model, heldout, sandbox, started):
     rows = read_rows(run / "heldout.jsonl")
     before = [row for row in rows if row["step"] == 0]
     after = [row for row in rows if row["step"] == settings.steps]
-    constant, _ = constant_answer_reward(heldout.tasks, sandbox, {"pay_silence": settings.pay_silence})
+    change, (constant, _) = {}, constant_answer_reward(heldout.tasks, sandbox, {"pay_silence": settings.pay_silence})
     summary = {"steps": settings.steps, "seconds": round(time.time() - started), "constant_answer_reward": constant}
     for name in ("reward", "exact"):
-        old, new, low, high = paired_change([row[name] for row in before], [row[name] for row in after])
+        change[name] = old, new, low, high = paired_change(*([row[name] for row in part] for part in (before, after)))
         summary |= {f"heldout_{name}_before": old, f"heldout_{name}_after": new,
                     f"heldout_{name}_change_low": low, f"heldout_{name}_change_high": high}
     summary |= {f"greedy_exact_{moment}": mean(row["greedy_exact"] for row in part)
@@ -338,7 +338,7 @@ def finish(settings, run, model, heldout, sandbox, started):
         plot([run], run / "curves.png")
     write_text(run / "summary.json", json.dumps(summary, indent=2) + "\n")
     print(f"everything is in {run}: " + " ".join(sorted(path.name for path in run.iterdir())))
-    old, new, low, high = paired_change([row["exact"] for row in before], [row["exact"] for row in after])
+    old, new, low, high = change["exact"]
     if old is not None:
         print(f"held-out exact {old:.2f} -> {new:.2f}, change {new - old:+.2f} [{low:+.2f}, {high:+.2f}]")
 

@@ -44,7 +44,7 @@ def backward(code, sandbox, number, inputs=(), **options):
     ("```python\nx = 1\n```stdout\n1\n```", {"stdout": "1\n"}),                # an unclosed block before it
     ("```stdout\n1\n", {}),                                                    # never closed
     ("```stdout\r\n1\r\n2\r\n```\r\n", {"stdout": "1\n2\n"}),
-    ("  ```stdout\n1\n```", {"": ""} and {}),                                  # a fence starts its line
+    ("  ```stdout\n1\n```", {}),                                              # a fence starts its line
     ("```stdout \n a \n```  ", {"stdout": " a \n"}),
     ("", {}), ("```", {}), ("no block", {}),
 ])
